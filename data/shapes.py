@@ -1,0 +1,208 @@
+"""A toy world that can be checked exactly: one or two coloured shapes on a 32 x 32 picture.
+
+    scene --render--> image      scene --describe--> caption
+    scene <--read---- image      scene <--parse----- caption
+
+`read` and `parse` score both directions of a model without a judge: a drawing is right when what is read off it is
+the scene that its caption tells. Nothing is downloaded, and a seed gives the same data on every machine.
+"""
+
+import math
+import random
+import zlib
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+IMAGE_SIZE = 32
+BACKGROUND = (245, 245, 245)
+COLOURS = {
+    "red": (225, 45, 45), "yellow": (245, 205, 40), "green": (45, 165, 75), "cyan": (60, 200, 220),
+    "blue": (45, 80, 225), "purple": (150, 60, 190), "black": (35, 35, 35),
+}
+SIZES = {"small": 8, "big": 12}  # pixels from edge to edge
+INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+# A shape is a drawing in the unit square: a list of (Pillow method, coordinates, 1 to add or 0 to cut out).
+SHAPES = {
+    "circle": [("ellipse", (0, 0, 1, 1), 1)],
+    "square": [("rectangle", (0, 0, 1, 1), 1)],
+    "triangle": [("polygon", (0.5, 0, 1, 1, 0, 1), 1)],
+    "cross": [("rectangle", (0.32, 0, 0.68, 1), 1), ("rectangle", (0, 0.32, 1, 0.68), 1)],
+    "ring": [("ellipse", (0, 0, 1, 1), 1), ("ellipse", (0.27, 0.27, 0.73, 0.73), 0)],
+}
+
+
+class Thing(NamedTuple):
+    size: str
+    colour: str
+    shape: str
+
+
+class Scene(NamedTuple):
+    """One thing (relation and second are None), or two. "B below A" is stored as "A above B": one fact, one Scene."""
+    first: Thing
+    relation: str | None = None  # "left of" or "above"
+    second: Thing | None = None
+
+
+THINGS = [Thing(*words) for words in product(SIZES, COLOURS, SHAPES)]
+SINGLES = [Scene(thing) for thing in THINGS]
+FACTS = [Scene(a, relation, b) for relation in ("left of", "above") for a, b in product(THINGS, THINGS) if a != b]
+
+
+# ---- scene <-> caption -----------------------------------------------------------------------------------------------
+
+def describe(scene, flip=False, verb=""):
+    """"a small red circle above a big blue square.", or from the other side ("... below ...") with flip."""
+    first, relation, second = scene
+    if second is None:
+        return f"a {' '.join(first)}."
+    if flip:
+        first, relation, second = second, INVERSE[relation], first
+    return f"a {' '.join(first)} {verb}{relation} a {' '.join(second)}."
+
+
+CAPTIONS = {describe(scene, flip): scene for scene in SINGLES + FACTS for flip in (False, True)}
+
+
+def parse(caption):
+    """The Scene that a caption tells, whichever side it tells it from; None if it is not a caption of this world."""
+    return CAPTIONS.get(" ".join(caption.split()))
+
+
+def reasoning(scene, flip=False, conclusion=None):
+    """A text-only document: a sentence, and what follows from it (or another, wrong, conclusion)."""
+    first, second = (scene.first, scene.second) if flip else (scene.second, scene.first)
+    follows = f"so a {' '.join(first)} is {conclusion or answer(scene, flip)} a {' '.join(second)}."
+    return f"{describe(scene, flip, verb='is ')} {follows}"
+
+
+def answer(scene, flip=False):
+    """The relation that follows in `reasoning`."""
+    return scene.relation if flip else INVERSE[scene.relation]
+
+
+WORDS = sorted(set(" ".join(f"{describe(scene)} {reasoning(scene)}" for scene in FACTS).replace(".", "").split())) + ["."]
+
+
+# ---- scene <-> image -------------------------------------------------------------------------------------------------
+
+def sprite(size, shape, zoom=16):
+    """A shape's coverage of size x size pixels: drawn large, then averaged down. uint8 Pillow image."""
+    canvas = Image.new("L", (SIZES[size] * zoom, SIZES[size] * zoom))
+    for method, coordinates, ink in SHAPES[shape]:
+        corners = [round(x * (canvas.width - 1)) for x in coordinates]
+        getattr(ImageDraw.Draw(canvas), method)(corners, fill=255 * ink)
+    return canvas.reduce(zoom)
+
+
+SPRITES = {(size, shape): sprite(size, shape) for size in SIZES for shape in SHAPES}
+
+
+def render(scene, rng):
+    """Draw a Scene with rng (random.Random) jittering the places. Returns uint8 (32, 32, 3)."""
+    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUND)
+    things = [scene.first] if scene.second is None else [scene.first, scene.second]
+    for i, thing in enumerate(things):
+        along, across = 16 + jitter(rng, 4), 16 + jitter(rng, 4)
+        if len(things) == 2:  # the first thing of a pair is always the left or the upper one
+            along = 8 + 16 * i + jitter(rng, 1)
+        x, y = (across, along) if scene.relation == "above" else (along, across)
+        mask = SPRITES[thing.size, thing.shape]
+        image.paste(COLOURS[thing.colour], (x - mask.width // 2, y - mask.height // 2), mask)
+    return np.array(image)
+
+
+def jitter(rng, most):
+    return int(rng.random() * (2 * most + 1)) - most  # random() is the one method whose stream Python promises to keep
+
+
+def read(image, tolerance=0.15):
+    """The Scene in a uint8 (32, 32, 3) picture, or None when it is not a scene.
+
+    Matching pursuit: find the thing and place that explain most of the picture, take it away, and do so once more.
+    It is a scene if what then remains is less than `tolerance` of the picture's energy, both in squared distance from
+    the background.
+    """
+    rest = np.asarray(image, np.float32) - np.float32(BACKGROUND)
+    energy, found = (rest**2).sum(), []
+    while len(found) < 2 and (rest**2).sum() > tolerance / 5 * energy:
+        gain, thing, x, y = max(best_match(rest, size) for size in SIZES)
+        if gain <= 0.02 * energy:
+            break
+        found.append((thing, x, y))
+        mask = MASKS[thing.size][list(SHAPES).index(thing.shape)]
+        edge, ink = SIZES[thing.size], np.float32(COLOURS[thing.colour]) - np.float32(BACKGROUND)
+        corner_x, corner_y = x - edge // 2, y - edge // 2
+        rest[corner_y : corner_y + edge, corner_x : corner_x + edge] -= mask.reshape(edge, edge, 1) * ink
+    if not found or (rest**2).sum() > tolerance * energy:
+        return None
+    if len(found) == 1:
+        return Scene(found[0][0])
+    (a, ax, ay), (b, bx, by) = found
+    if abs(bx - ax) >= abs(by - ay):
+        scene = Scene(a, "left of", b) if ax < bx else Scene(b, "left of", a)
+    else:
+        scene = Scene(a, "above", b) if ay < by else Scene(b, "above", a)
+    return scene if a != b else None
+
+
+MASKS = {size: np.stack([np.float32(SPRITES[size, shape]).ravel() / 255 for shape in SHAPES]) for size in SIZES}
+INKS = np.float32(list(COLOURS.values())) - np.float32(BACKGROUND)
+
+
+def best_match(rest, size):
+    """(error it removes, Thing, x, y) of the best thing of one size: |r|^2 - |r - m*ink|^2 = 2 m.r.ink - |m|^2 |ink|^2."""
+    edge, masks = SIZES[size], MASKS[size]
+    windows = np.lib.stride_tricks.sliding_window_view(rest, (edge, edge), axis=(0, 1))  # (rows, columns, 3, edge, edge)
+    overlap = windows.reshape(-1, edge * edge) @ masks.T                                 # (places * 3, shapes)
+    overlap = overlap.reshape(-1, 3, len(masks)).transpose(0, 2, 1) @ INKS.T             # (places, shapes, colours)
+    gain = 2 * overlap - (masks**2).sum(1)[:, None] * (INKS**2).sum(1)
+    place, shape, colour = np.unravel_index(gain.argmax(), gain.shape)
+    y, x = divmod(int(place), IMAGE_SIZE - edge + 1)
+    return gain.max(), Thing(size, list(COLOURS)[colour], list(SHAPES)[shape]), x + edge // 2, y + edge // 2
+
+
+# ---- documents: what a model is trained on ---------------------------------------------------------------------------
+
+TEXT_ONLY, CAPTION_FIRST, SINGLE = 0.15, 0.8, 0.1  # shares: of all documents, of the pairs, of the pairs
+
+
+def split(scene):
+    """"test" (10 %), "val" (5 %) or "train", by a hash of the fact, so that no fact is on two sides in any wording."""
+    bucket = zlib.crc32(describe(scene).encode()) % 100
+    return "train" if scene.second is None or bucket >= 15 else "test" if bucket < 10 else "val"
+
+
+SPLITS = {name: [fact for fact in FACTS if split(fact) == name] for name in ("train", "val", "test")}
+
+
+def documents(n, seed):
+    """n training documents, each a list of parts in reading order: a str, or a picture as uint8 (32, 32, 3)."""
+    rng, result = random.Random(seed), []
+    for _ in range(n):
+        scenes = SINGLES if rng.random() < SINGLE else SPLITS["train"]
+        scene = pick(rng, scenes)
+        if rng.random() < TEXT_ONLY:
+            result.append([reasoning(pick(rng, SPLITS["train"]), flip=rng.random() < 0.5)])
+            continue
+        pair = [describe(scene, flip=rng.random() < 0.5), render(scene, rng)]
+        result.append(pair if rng.random() < CAPTION_FIRST else pair[::-1])
+    return result
+
+
+def pick(rng, items):
+    return items[int(rng.random() * len(items))]
+
+
+def entropy(kind):
+    """Exact nats per document of the grammar, whose only choices are the kind of document and the fact it tells.
+
+    "caption": up to BOI, of a caption-first pair about two things; "text": a whole text-only document. All facts count,
+    those held out too: it is the cost of a held-out document to a model that has the grammar and no memory.
+    """
+    share = {"caption": (1 - TEXT_ONLY) * CAPTION_FIRST * (1 - SINGLE), "text": TEXT_ONLY}[kind]
+    return -math.log(share) + math.log(2 * len(FACTS))

@@ -1,0 +1,629 @@
+"""Transfusion in one file: predict the next token of text and denoise the patches of images, with one transformer.
+
+Zhou et al., "Transfusion: Predict the Next Token and Diffuse Images with One Multi-Modal Model", arXiv 2408.11039.
+
+A document is one sequence. Text is discrete tokens. An image is a run of continuous vectors, the patches of its VAE
+latents, between BOI (begin of image) and EOI (end of image):
+
+    BOS  a  red  circle  .  BOI  [patch] [patch] ... [patch]  EOI  EOS
+
+Attention is causal, but the patches of one image see each other. Text places are trained to predict the next token,
+patch places to predict the noise that was added to them. To generate, sample tokens until the model says BOI, run
+diffusion for that image, append EOI, and go on sampling tokens.
+
+Read from top to bottom: sequence and mask, schedule and noise, transformer, patch encoder, model and loss, generation,
+and last the VAE, which can stay a black box until then. `DEVIATION:` marks what differs from the paper and how to
+switch back; `NOT STATED:` marks what the paper leaves open.
+
+Shapes: B sequences, T places, K images a sequence, C x H x W latents, N patches an image, P numbers a patch, D width,
+V vocabulary. Every batch is rectangular:
+
+    tokens    (B, T) int64       text ids; image places hold PAD, and padding is on the right
+    image_id  (B, T) int64       -1 for text, k for an element of the k-th image of that sequence
+    latents   (B, K, C, H, W)    VAE latents of up to K images
+    t         (B, K)             a diffusion time for every image: 0 is clean, 1 is pure noise (the paper's t / T)
+"""
+
+import math
+import re
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ---- Configuration ---------------------------------------------------------------------------------------------------
+
+
+def option(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    dim: int = option(128, "width of the transformer")
+    n_layers: int = option(6, "number of transformer blocks")
+    n_heads: int = option(4, "attention heads a block")
+    qk_norm: bool = option(True, "normalise queries and keys")
+    target: str = option("v", "what the diffusion head predicts: eps (the paper's), v, x0 or flow")
+    t_dist: str = option("logit_normal", "distribution of t in training: uniform or logit_normal")
+    patch_position: bool = option(True, "add a learned embedding of its place in the picture to every patch")
+    lambda_ddpm: float = option(5.0, "weight of the diffusion loss beside the language loss (the paper's: 5)")
+    noise_cap: float = option(0.5, "largest t of an image that comes before its caption (the paper's: 0.5; 1 is off)")
+    drop_text: float = option(0.1, "share of captioned images trained without their text, for guidance")
+    image_size: int = option(32, "pixels a side")
+    latent_size: int = option(8, "VAE latents a side")
+    latent_channels: int = option(4, "channels of a VAE latent")
+    patch_size: int = option(2, "latents a side of one patch, which is one place of the sequence")
+    vae_dim: int = option(32, "channels of the VAE at half the image's size")
+    vae_kl: float = option(1e-3, "weight of the VAE's KL loss")
+
+    def __post_init__(self):
+        if self.dim % (2 * self.n_heads):
+            raise ValueError(f"dim ({self.dim}) must be a multiple of 2 * n_heads ({2 * self.n_heads})")
+        if self.latent_size % self.patch_size:
+            raise ValueError(f"latent_size ({self.latent_size}) must be a multiple of patch_size ({self.patch_size})")
+        if math.log2(self.image_size / self.latent_size) % 1:
+            raise ValueError(f"image_size / latent_size ({self.image_size} / {self.latent_size}) must be a power of 2")
+        if self.target not in ("eps", "v", "x0", "flow"):
+            raise ValueError(f"target must be eps, v, x0 or flow, not {self.target!r}")
+        if self.t_dist not in ("uniform", "logit_normal"):
+            raise ValueError(f"t_dist must be uniform or logit_normal, not {self.t_dist!r}")
+
+    @property
+    def n_patches(self):
+        return (self.latent_size // self.patch_size) ** 2
+
+    @property
+    def patch_dim(self):
+        return self.latent_channels * self.patch_size**2
+
+
+LAPTOP = Config()
+PAPER = Config(target="eps", t_dist="uniform", patch_position=False, qk_norm=False,
+               image_size=256, latent_size=32, latent_channels=8, vae_dim=128)
+PRESETS = {
+    "laptop": LAPTOP,
+    "tiny": replace(LAPTOP, dim=32, n_layers=2, n_heads=2, vae_dim=8),  # for tests: learns little, runs in seconds
+    "laptop-paper": replace(LAPTOP, target="eps", t_dist="uniform", patch_position=False, qk_norm=False),
+    "0.16B": replace(PAPER, dim=768, n_layers=16, n_heads=12),  # the sizes of section 4.1
+    "0.37B": replace(PAPER, dim=1024, n_layers=24, n_heads=16),
+    "0.76B": replace(PAPER, dim=1536, n_layers=24, n_heads=24),
+    "1.4B": replace(PAPER, dim=2048, n_layers=24, n_heads=16),
+    "7B": replace(PAPER, dim=4096, n_layers=32, n_heads=32),
+}
+
+# ---- The sequence ----------------------------------------------------------------------------------------------------
+
+PAD, BOS, EOS, BOI, EOI = range(5)
+N_SPECIAL = 5  # ids below this are marks, the others are text
+
+
+class Tokenizer:
+    """The words of the data set are one token each; everything else falls back to its UTF-8 bytes.
+
+    A word's token includes the space before it, and a space is put before the text, so that every string (that UTF-8
+    can hold) comes back unchanged: "a red dog" is " a", " red", and the bytes of " dog".
+    """
+
+    def __init__(self, words):
+        self.words = list(words)
+        pieces = [word.encode() if word in ".,;:!?" else b" " + word.encode() for word in self.words]
+        self.bytes = [b""] * N_SPECIAL + [bytes([i]) for i in range(256)] + pieces
+        self.id = {piece: i for i, piece in enumerate(self.bytes) if i >= N_SPECIAL}
+        longest_first = sorted(pieces, key=len, reverse=True)
+        self.split = re.compile(b"|".join([re.escape(p) + rb"(?!\w)" for p in longest_first] + [b"."]), re.DOTALL)
+
+    def __len__(self):
+        return len(self.bytes)
+
+    def encode(self, text):
+        return [self.id[piece] for piece in self.split.findall(b" " + text.encode())] if text else []
+
+    def decode(self, ids):
+        """Inverse of encode. Marks are skipped; bytes that are not UTF-8, which a model may write, become U+FFFD."""
+        return b"".join(self.bytes[i] for i in ids).removeprefix(b" ").decode(errors="replace")
+
+
+def pack(documents, tokenizer, n_patches, length=None, end=True):
+    """Lay out documents as a batch: tokens and image_id, both (B, T), padded on the right.
+
+    A document is a list of parts in reading order: a str, or anything else for an image. `end` says whether EOS closes
+    it (training) or it is left open (a prompt). T is `length`, or the longest document's.
+    """
+    rows = []
+    for document in documents:
+        tokens, image_id, k = [BOS], [-1], 0
+        for part in document:
+            if isinstance(part, str):
+                new, ids = tokenizer.encode(part), -1
+            else:
+                new, ids = [PAD] * n_patches, k
+                tokens.append(BOI), image_id.append(-1)
+            tokens += new
+            image_id += [ids] * len(new)
+            if ids >= 0:
+                tokens.append(EOI), image_id.append(-1)
+                k += 1
+        rows.append((tokens + [EOS] * end, image_id + [-1] * end))
+    longest = max(len(tokens) for tokens, _ in rows)
+    length = length or longest
+    if longest > length:
+        raise ValueError(f"a document takes {longest} places, but a sequence has only {length}")
+    return (torch.tensor([tokens + [PAD] * (length - len(tokens)) for tokens, _ in rows]),
+            torch.tensor([image_id + [-1] * (length - len(image_id)) for _, image_id in rows]))
+
+
+def without_text(tokens, image_id, rows):
+    """The null form for guidance: in the chosen rows (B,) only marks and images stay, moved up to the left.
+
+    "BOS a red circle. BOI [patches] EOI EOS" becomes "BOS BOI [patches] EOI EOS". Training and sampling both use it.
+    """
+    gone = rows[:, None] & (tokens >= N_SPECIAL)                        # (B, T)
+    order = gone.long().argsort(dim=1, stable=True)                     # what stays, in its order, then what goes
+    return tokens.masked_fill(gone, PAD).gather(1, order), image_id.gather(1, order)
+
+
+def mixed_mask(image_id):
+    """Figure 4 of the paper, as a predicate: may the query at place q see the key at place kv?
+
+    The signature is FlexAttention's mask_mod. A batch's dense mask is the predicate applied to all pairs at once.
+    """
+    def may_see(b, h, q, kv):
+        same_image = (image_id[b, q] == image_id[b, kv]) & (image_id[b, q] >= 0)
+        return (kv <= q) | same_image
+    return may_see
+
+
+def dense_mask(may_see, query, n_keys):
+    """Boolean (B, 1, n, n_keys): the predicate applied to the places query (B, n) and all keys."""
+    b = torch.arange(len(query), device=query.device).view(-1, 1, 1, 1)
+    return may_see(b, 0, query[:, None, :, None], torch.arange(n_keys, device=query.device))
+
+
+# ---- Schedule and noise ----------------------------------------------------------------------------------------------
+
+
+def signal_noise(t, target):
+    """How much signal a and how much noise s are in x_t = a * x0 + s * eps.
+
+    Cosine schedule (section 2.2): a = sqrt(alpha_bar_t) = cos(t * pi / 2), s = sqrt(1 - alpha_bar_t). Flow matching is
+    the same formula on a straight path.
+    """
+    if target == "flow":
+        return 1 - t, t
+    return torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)
+
+
+def q_sample(x0, eps, t, target):
+    """Equation 2: noise the clean x0 (B, K, C, H, W) to time t (B, K)."""
+    a, s = signal_noise(t[..., None, None, None], target)
+    return a * x0 + s * eps
+
+
+def diffusion_target(x0, eps, t, target):
+    """What the model should say about x_t. The paper predicts eps; the others are the same knowledge, weighted anew."""
+    a, s = signal_noise(t[..., None, None, None], target)
+    return {"eps": eps, "x0": x0, "v": a * eps - s * x0, "flow": eps - x0}[target]
+
+
+def x0_and_eps(pred, xt, t, target):
+    """Solve the prediction and x_t = a * x0 + s * eps for x0 and eps."""
+    a, s = signal_noise(t[..., None, None, None], target)
+    if target == "eps":
+        # At t = 1 nothing of x0 is left to divide by; latents have unit variance, so 5 is a generous bound.
+        x0 = ((xt - s * pred) / a.clamp(min=1e-4)).clamp(-5, 5)
+        return x0, pred
+    if target == "x0":
+        return pred, (xt - a * pred) / s
+    # v = a eps - s x0 with a^2 + s^2 = 1, and the straight path's eps - x0 with a + s = 1, invert alike
+    return (a * xt - s * pred, s * xt + a * pred) if target == "v" else (xt - s * pred, xt + a * pred)
+
+
+def p_sample(xt, pred, t, t_next, target, sampler):
+    """One denoising step, from time t to t_next < t.
+
+    "ddim" keeps the predicted noise, and is deterministic. "ddpm" is the paper's ancestral sampler: it replaces as much
+    of that noise by fresh noise as the Markov chain q(x_t | x_t_next) has added in between.
+    """
+    x0, eps = x0_and_eps(pred, xt, t, target)
+    a, s = signal_noise(t[..., None, None, None], target)
+    a_next, s_next = signal_noise(t_next[..., None, None, None], target)
+    fresh = 0 if sampler == "ddim" else (s**2 - (a / a_next * s_next) ** 2).clamp(min=0) * (s_next / s) ** 2
+    noise = 0 if sampler == "ddim" else fresh**0.5 * torch.randn_like(xt)
+    return a_next * x0 + (s_next**2 - fresh).clamp(min=0) ** 0.5 * eps + noise
+
+
+# ---- Transformer: Llama's (RMSNorm, RoPE, SwiGLU, no biases) ---------------------------------------------------------
+
+
+def rope_angles(position, head_dim, base=10000.0):
+    """cos and sin of the rotary angles of places (B, T), both (B, 1, T, head_dim / 2)."""
+    frequency = base ** -(torch.arange(0, head_dim, 2, device=position.device) / head_dim)
+    angle = position[:, None, :, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, rope):
+    """Turn each pair of features by an angle that grows with the place, so that q.k depends on the distance only."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_heads, head_dim = cfg.n_heads, cfg.dim // cfg.n_heads
+        self.wq = nn.Linear(cfg.dim, cfg.dim, bias=False)
+        self.wk = nn.Linear(cfg.dim, cfg.dim, bias=False)
+        self.wv = nn.Linear(cfg.dim, cfg.dim, bias=False)
+        self.wo = nn.Linear(cfg.dim, cfg.dim, bias=False)
+        self.q_norm = nn.RMSNorm(head_dim) if cfg.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_dim) if cfg.qk_norm else nn.Identity()
+
+    def forward(self, x, rope, mask, cache=None):
+        q, k, v = (w(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)      # (B, heads, T, head_dim)
+        if cache is not None:
+            k, v = cache(k, v)                                                 # (B, heads, all places, head_dim)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.wo(x.transpose(1, 2).flatten(2))                           # (B, T, D)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        hidden = 32 * round(cfg.dim * 8 / 3 / 32)
+        self.w1 = nn.Linear(cfg.dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, cfg.dim, bias=False)
+        self.w3 = nn.Linear(cfg.dim, hidden, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.attention_norm, self.attention = nn.RMSNorm(cfg.dim), Attention(cfg)
+        self.ffn_norm, self.ffn = nn.RMSNorm(cfg.dim), FeedForward(cfg)
+
+    def forward(self, x, rope, mask, cache=None):
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class KVCache:
+    """Keys and values of every layer, in place. Every row of the batch has its own length: the places it has finished.
+
+    Whatever is written beyond a row's length is a draft. Causality hides it from what comes before, and the next write
+    replaces it: so a step of denoising overwrites the last one, and a row that waits for others costs no bookkeeping.
+    """
+
+    def __init__(self, cfg, rows, places, like):
+        shape = (rows, cfg.n_heads, places, cfg.dim // cfg.n_heads)
+        self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(cfg.n_layers)]
+        self.image_id = torch.full((rows, places), -1, device=like.device)
+        self.length = torch.zeros(rows, dtype=torch.long, device=like.device)
+
+    def writer(self, layer, position):
+        """For one layer: a function that stores k and v (B, heads, n, head_dim) at places (B, n), and returns all."""
+        def write(k, v):
+            where = position[:, None, :, None].expand_as(k)
+            return [whole.scatter_(2, where, part) for whole, part in zip(self.layers[layer], (k, v))]
+        return write
+
+
+# ---- Patches ---------------------------------------------------------------------------------------------------------
+
+
+def patchify(latents, p):
+    """(..., C, H, W) -> (..., N, P): squares of p x p latents in raster order, each as one vector."""
+    x = latents.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))                  # (..., C, H/p, p, W/p, p)
+    return x.movedim(-5, -1).transpose(-4, -3).flatten(-5, -4).flatten(-3)     # (..., H/p * W/p, p * p * C)
+
+
+def unpatchify(patches, p, channels):
+    """The inverse of patchify, for square images."""
+    side = math.isqrt(patches.shape[-2])
+    x = patches.unflatten(-2, (side, side)).unflatten(-1, (p, p, channels))    # (..., H/p, W/p, p, p, C)
+    return x.transpose(-4, -3).movedim(-1, -5).flatten(-2).flatten(-3, -2)     # (..., C, H, W)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of t, then a small MLP (DiT's). (B, K) -> (B, K, P)."""
+
+    def __init__(self, out_dim, n_frequencies=64):
+        super().__init__()
+        self.register_buffer("frequency", 1000 * 10000 ** -torch.linspace(0, 1, n_frequencies), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * n_frequencies, 128), nn.SiLU(), nn.Linear(128, out_dim))
+
+    def forward(self, t):
+        angle = t[..., None] * self.frequency
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
+
+
+class LinearPatchEncoder(nn.Module):
+    """Section 3: the embedding of t is added to every patch vector, then one linear layer. This is where t enters."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.patch_size = cfg.patch_size
+        self.time = TimeEmbedding(cfg.patch_dim)
+        self.linear = nn.Linear(cfg.patch_dim, cfg.dim)
+
+    def forward(self, latents, t):
+        x = patchify(latents, self.patch_size) + self.time(t)[..., None, :]    # (B, K, N, P)
+        return self.linear(x)                                                  # (B, K, N, D)
+
+
+class LinearPatchDecoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.patch_size, self.channels = cfg.patch_size, cfg.latent_channels
+        self.linear = nn.Linear(cfg.dim, cfg.patch_dim)
+
+    def forward(self, x):
+        return unpatchify(self.linear(x), self.patch_size, self.channels)      # (B, K, C, H, W)
+
+
+# ---- The model and its loss ------------------------------------------------------------------------------------------
+
+
+class Transfusion(nn.Module):
+    def __init__(self, cfg, vocab_size):
+        super().__init__()
+        self.cfg = cfg
+        self.token_embedding = nn.Embedding(vocab_size, cfg.dim)
+        self.patch_encoder = LinearPatchEncoder(cfg)
+        # DEVIATION: patches know their place in the picture by a learned embedding; the paper has only the RoPE of
+        # their raster order in the sequence (patch_position=False).
+        self.patch_position = nn.Parameter(torch.zeros(cfg.n_patches, cfg.dim)) if cfg.patch_position else 0
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.norm = nn.RMSNorm(cfg.dim)
+        self.lm_head = nn.Linear(cfg.dim, vocab_size, bias=False)
+        self.patch_decoder = LinearPatchDecoder(cfg)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                last_of_block = name.endswith(("wo.weight", "w2.weight"))
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * cfg.n_layers) if last_of_block else 1))
+
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    def forward(self, tokens, image_id, latents=None, t=None, cache=None):
+        """tokens, image_id (B, T), noised latents (B, K, C, H, W), t (B, K) -> logits (B, T, V), pred (B, K, C, H, W).
+
+        With a cache the T places come after those that are in it, and see them too. Without images, pred is None.
+        """
+        is_patch = image_id >= 0                                               # (B, T)
+        x = self.token_embedding(tokens)                                       # (B, T, D)
+        if latents is not None:
+            patches = self.patch_encoder(latents, t) + self.patch_position     # (B, K, N, D)
+            nth = is_patch.cumsum(1).sub(1).clamp(min=0)                       # the n-th image place holds the n-th patch
+            x = torch.where(is_patch[..., None], take(patches.flatten(1, 2), nth), x)
+
+        position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        if cache is not None:
+            position = position + cache.length[:, None]
+            image_id = cache.image_id.scatter_(1, position, image_id)          # (B, all places)
+        mask = dense_mask(mixed_mask(image_id), position, image_id.shape[1])   # (B, 1, T, all places)
+        rope = rope_angles(position, self.cfg.dim // self.cfg.n_heads)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, mask, cache and cache.writer(i, position))      # (B, T, D)
+        x = self.norm(x)
+        logits = self.lm_head(x)                                               # (B, T, V)
+        if latents is None:
+            return logits, None
+        n_places = latents.shape[1] * self.cfg.n_patches
+        places = is_patch.logical_not().long().argsort(dim=1, stable=True)[:, :n_places]  # image places come first
+        return logits, self.patch_decoder(take(x, places).unflatten(1, (latents.shape[1], -1)))
+
+    def loss(self, tokens, image_id, latents):
+        """The joint loss of a batch of clean latents: (loss, loss_lm, loss_ddpm). Equation 4."""
+        k = torch.arange(latents.shape[1], device=tokens.device)[:, None]
+        after_text = (tokens >= N_SPECIAL).cumsum(1) > 0                       # (B, T)
+        places_of = image_id[:, None] == k                                     # (B, K, T)
+        exists, captioned = places_of.any(-1), (places_of & after_text[:, None]).any(-1)  # (B, K)
+
+        # Text after an image sees it noised, so an image that no text precedes is noised at most half way (section 4.4).
+        t = sample_t(exists.shape, self.cfg.t_dist, tokens.device)
+        t = torch.where(captioned, t, t * self.cfg.noise_cap)
+
+        # NOT STATED: how often the text is dropped. A row without its text trains guidance only, not the LM.
+        drop = captioned.any(1) & (torch.rand(len(tokens), device=tokens.device) < self.cfg.drop_text)
+        tokens, image_id = without_text(tokens, image_id, drop)
+
+        eps = torch.randn_like(latents)
+        xt = q_sample(latents, eps, t, self.cfg.target)                        # noise first, patches later
+        logits, pred = self(tokens[:, :-1], image_id[:, :-1], xt, t)           # the last place is never a patch
+
+        # Diffusion loss: a mean for every image, then over the images of the batch.
+        error = (pred - diffusion_target(latents, eps, t, self.cfg.target)).square().mean((2, 3, 4))  # (B, K)
+        loss_ddpm = (error * exists).sum() / exists.sum().clamp(min=1)
+
+        # LM loss: a mean over the tokens that count.
+        error, counts = token_losses(logits, tokens, image_id)
+        counts = counts & ~drop[:, None]
+        loss_lm = (error * counts).sum() / counts.sum().clamp(min=1)
+        return loss_lm + self.cfg.lambda_ddpm * loss_ddpm, loss_lm, loss_ddpm
+
+
+def token_losses(logits, tokens, image_id):
+    """-log P(next token) of each place but the last, and which of them count: both (B, T - 1).
+
+    There is no LM loss where the input is BOI (what follows is an image), a patch (EOI is appended, not predicted) or
+    padding.
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    counts = (inputs != BOI) & (image_id[:, :-1] < 0) & (targets != PAD)
+    error = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return error.view_as(targets), counts
+
+
+def take(x, index):
+    """Rows of x (B, M, D) by index (B, T) -> (B, T, D)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def sample_t(shape, t_dist, device):
+    """NOT STATED in the paper. logit_normal (Stable Diffusion 3) spends more of the training on the middle times."""
+    return torch.rand(shape, device=device) if t_dist == "uniform" else torch.randn(shape, device=device).sigmoid()
+
+
+# ---- Generation ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(model, tokens, image_id, latents=None, max_length=64, max_images=1, steps=50, cfg_scale=3.0,
+             sampler="ddim", temperature=0.0, watch=None):
+    """Go on from prompts (as `pack` makes them with end=False) until EOS. The LM head decides when to draw.
+
+    tokens, image_id (B, T) and the prompt's images, latents (B, K, C, H, W) or None. Returns whole sequences in the
+    same form: tokens, image_id (B, max_length), latents (B, max_images, C, H, W). `watch`, if given, is called with
+    them after every token and every denoising step. temperature 0 is greedy, as in the paper.
+    """
+    cfg, n, B, device = model.cfg, model.cfg.n_patches, len(tokens), tokens.device
+    size = (cfg.latent_channels, cfg.latent_size, cfg.latent_size)
+    prompt_images = latents if latents is not None else torch.zeros(B, 0, *size, device=device)
+    images = torch.cat([prompt_images, torch.zeros(B, max_images, *size, device=device)], dim=1)
+    n_images = image_id.amax(1) + 1                                            # (B,)
+    length = ((tokens != PAD) * torch.arange(1, tokens.shape[1] + 1, device=device)).amax(1)
+
+    # Guidance needs the same image without its text: a second copy of every row, rows B to 2B, that never gets any.
+    guided = cfg_scale != 1
+    def both(x):
+        return torch.cat([x, x]) if guided else x
+    null = without_text(tokens, image_id, torch.ones(B, dtype=torch.bool, device=device))
+    tokens, image_id = (torch.cat(pair) if guided else pair[0] for pair in zip((tokens, image_id), null))
+    n_text = (tokens[:B] >= N_SPECIAL).sum(1)
+    keep = torch.cat([length, length - n_text]) if guided else length
+
+    cache = KVCache(cfg, len(tokens), max_length + n + 1, like=model.lm_head.weight)
+    written = torch.full_like(cache.image_id, PAD)                             # the tokens of what is in the cache
+    logits = torch.zeros(len(tokens), model.lm_head.out_features, device=device)
+
+    def feed(tokens, image_id, keep, latents=None):
+        """Append places to every row, images clean at t = 0. The first keep (rows,) of them stay, the rest is draft."""
+        t = torch.zeros(latents.shape[:2], device=device) if latents is not None else None
+        out, _ = model(tokens, image_id, latents, t, cache)
+        written.scatter_(1, cache.length[:, None] + torch.arange(tokens.shape[1], device=device), tokens)
+        row = torch.arange(len(tokens), device=device)
+        logits.copy_(torch.where((keep > 0)[:, None], out[row, (keep - 1).clamp(min=0)], logits))
+        cache.length += keep
+
+    def sequences():
+        done = torch.arange(cache.length[:B].amax(), device=device) < cache.length[:B, None]
+        tokens, image_id = written[:B, :done.shape[1]], cache.image_id[:B, :done.shape[1]]
+        return tokens.where(done, PAD), image_id.where(done, -1), images
+
+    feed(tokens, image_id, keep, both(prompt_images) if prompt_images.shape[1] else None)
+    while True:
+        length = cache.length[:B]
+        last = written[:B].gather(1, length[:, None] - 1)[:, 0]
+        writing = (last != BOI) & (last != EOS) & (length < max_length)
+        drawing = (last == BOI) & (length + n < max_length) & (n_images < images.shape[1])
+
+        if writing.any():                                                      # LM mode, until every row ends or draws
+            if temperature == 0:
+                token = logits[:B].argmax(-1)
+            else:
+                token = torch.multinomial((logits[:B] / temperature).softmax(-1), 1)[:, 0]
+            keep = both(writing)
+            keep[B:] &= both(token < N_SPECIAL)[B:]                            # the null copies get marks only
+            feed(both(token)[:, None], torch.full_like(both(token), -1)[:, None], keep.long())
+            if watch:
+                watch(*sequences())
+
+        elif drawing.any():                                                    # diffusion mode, for all rows that wait
+            patches = torch.full((len(keep), n), PAD, device=device)
+            ids = both(n_images.where(drawing, -1))[:, None].expand(-1, n)
+            x = torch.randn(B, 1, *size, device=device)
+            for t, t_next in pairwise(torch.linspace(1, 0, steps + 1, device=device)):
+                # Only the image's own places are computed, against the cached prefix; each step overwrites the last.
+                _, pred = model(patches, ids, both(x), t.expand(len(keep), 1), cache)
+                if guided:
+                    with_text, without = pred.chunk(2)
+                    pred = without + cfg_scale * (with_text - without)
+                x = p_sample(x, pred, t, t_next, cfg.target, sampler)
+                images[drawing, n_images[drawing]] = x[drawing, 0]
+                if watch:
+                    watch(*sequences())
+            # What stays in the cache is the finished image, seen clean. EOI is appended, not predicted.
+            mark = torch.full((len(keep), 1), EOI, device=device)
+            feed(torch.cat([patches, mark], 1), torch.cat([ids, torch.full_like(mark, -1)], 1),
+                 both(drawing) * (n + 1), both(x))
+            n_images = n_images + drawing.long()
+
+        else:
+            return sequences()
+
+
+# ---- VAE: pictures to latents and back -------------------------------------------------------------------------------
+
+
+class VAE(nn.Module):
+    """A small convolutional VAE, trained before the transformer and then frozen. Pictures are uint8 (B, H, W, 3)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        stages = int(math.log2(cfg.image_size / cfg.latent_size))              # each halves the side
+        widths = [cfg.vae_dim * 2 ** min(i, 2) for i in range(stages)]
+        wide, self.kl = widths[-1], cfg.vae_kl
+        down, up = [], []
+        for n_in, n_out in zip([3] + widths, widths):
+            down += [nn.Conv2d(n_in, n_out, 4, stride=2, padding=1), nn.SiLU()]
+        for n_in, n_out in zip(widths[::-1], widths[-2::-1] + [3]):
+            up += [nn.SiLU(), nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1)]
+        self.encoder = nn.Sequential(*down, nn.Conv2d(wide, wide, 3, padding=1), nn.SiLU(),
+                                     nn.Conv2d(wide, 2 * cfg.latent_channels, 1))
+        self.decoder = nn.Sequential(nn.Conv2d(cfg.latent_channels, wide, 3, padding=1), nn.SiLU(),
+                                     nn.Conv2d(wide, wide, 3, padding=1), *up)
+        # The statistics of the latents, so that diffusion sees every channel with mean 0 and variance 1.
+        self.register_buffer("mean", torch.zeros(cfg.latent_channels, 1, 1))
+        self.register_buffer("std", torch.ones(cfg.latent_channels, 1, 1))
+
+    def posterior(self, pictures):
+        """uint8 (B, H, W, 3) -> the pictures in [-1, 1], and mean and log variance of their latents (B, C, h, w)."""
+        x = pictures.to(self.mean.device).movedim(-1, 1) / 127.5 - 1
+        return x, *self.encoder(x).chunk(2, dim=1)
+
+    def loss(self, pictures):
+        """Squared error plus the KL divergence from N(0, 1), both a mean over their elements."""
+        x, mean, log_var = self.posterior(pictures)
+        z = mean + torch.randn_like(mean) * (log_var / 2).exp()
+        kl = (mean**2 + log_var.exp() - 1 - log_var).mean() / 2
+        return F.mse_loss(self.decoder(z), x) + self.kl * kl
+
+    @torch.no_grad()
+    def calibrate(self, pictures):
+        _, mean, _ = self.posterior(pictures)
+        self.mean.copy_(mean.mean((0, 2, 3)).view(-1, 1, 1))
+        self.std.copy_(mean.std((0, 2, 3)).view(-1, 1, 1))
+
+    @torch.no_grad()
+    def encode(self, pictures):
+        """uint8 (B, H, W, 3) -> latents (B, C, h, w): the posterior's mean, scaled to unit variance."""
+        return torch.cat([(self.posterior(some)[1] - self.mean) / self.std for some in pictures.split(512)])
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Latents (B, C, h, w) -> uint8 pictures (B, H, W, 3)."""
+        x = self.decoder(latents * self.std + self.mean).clamp(-1, 1)
+        return ((x + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)
+
+
+def make_batch(documents, vae, tokenizer, cfg, end=True):
+    """Documents, lists of str and uint8 (H, W, 3) pictures, as tokens, image_id and latents: the data contract."""
+    tokens, image_id = pack(documents, tokenizer, cfg.n_patches, end=end)
+    pictures = [[torch.as_tensor(part) for part in document if not isinstance(part, str)] for document in documents]
+    counts = torch.tensor([len(row) for row in pictures])
+    filled = torch.arange(counts.max()) < counts[:, None]                      # (B, K)
+    latents = torch.zeros(*filled.shape, cfg.latent_channels, cfg.latent_size, cfg.latent_size)
+    if filled.any():
+        latents[filled] = vae.encode(torch.stack([picture for row in pictures for picture in row])).cpu()
+    device = vae.mean.device
+    return tokens.to(device), image_id.to(device), latents.to(device)
