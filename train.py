@@ -51,6 +51,14 @@ class Run:
     sampler: str = option("ddim", "ddim or ddpm (the paper's, with 250 steps)")
     cfg_scale: float = option(3.0, "guidance scale of the drawings; the table has a few others too")
 
+    def __post_init__(self):
+        for name, choices in (("optimizer", ("muon", "adamw")), ("sampler", ("ddim", "ddpm"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be {' or '.join(choices)}, not {getattr(self, name)!r}")
+        for name in ("documents", "vae_steps", "steps", "batch_size", "eval_every", "eval_n", "sample_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
 
 # ---- Optimiser -------------------------------------------------------------------------------------------------------
 
@@ -206,9 +214,12 @@ def parse_options(argv):
 
 
 def pick_device(name):
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError):
+        sys.exit(f"{name} is not a device that this machine and this torch have; try --device cpu.")
 
 
 def write_whole(path, write):
@@ -230,7 +241,7 @@ def load_run(folder, device):
         model.load_state_dict(saved["ema"])
         vae.load_state_dict(saved["vae"])
     except Exception as error:
-        sys.exit(f"{path} is not a checkpoint that this version can read ({str(error).splitlines()[0]}).")
+        sys.exit(f"{path} is not a checkpoint that this version can read ({type(error).__name__}).")
     return saved, model.requires_grad_(False).eval(), vae.requires_grad_(False).eval(), tokenizer
 
 
@@ -261,8 +272,11 @@ def main(argv=None):
     given = parse_options(argv)
     preset, resume, eval_only = (given.pop(name, None) for name in ("preset", "resume", "eval_only"))
     for_model = {name: given.pop(name) for name in list(given) if name in Config.__dataclass_fields__}
-    run, started = Run(**given), time.time()
-    device, folder, saved = pick_device(run.device), Path(run.run), None
+    try:
+        run, cfg = Run(**given), replace(PRESETS[preset or "laptop"], **for_model)
+    except ValueError as error:
+        sys.exit(f"These options do not work: {error}.")
+    device, folder, saved, started = pick_device(run.device), Path(run.run), None, time.time()
 
     # Begin, or go on from a checkpoint.
     if resume or eval_only:
@@ -271,7 +285,7 @@ def main(argv=None):
         saved, ema, vae, tokenizer = load_run(folder, device)
         cfg, run = saved["cfg"], replace(saved["run"], **given)
     else:
-        cfg, tokenizer = replace(PRESETS[preset or "laptop"], **for_model), Tokenizer(shapes.WORDS)
+        tokenizer = Tokenizer(shapes.WORDS)
         if folder.exists():  # keep an earlier run under another name
             folder.rename(next(p for i in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.{i}")).exists()))
         folder.mkdir(parents=True)

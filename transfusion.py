@@ -96,8 +96,9 @@ PRESETS = {
 
 # ---- The sequence ----------------------------------------------------------------------------------------------------
 
-PAD, BOS, EOS, BOI, EOI = range(5)
-N_SPECIAL = 5  # ids below this are marks, the others are text
+MARKS = "PAD", "BOS", "EOS", "BOI", "EOI"
+PAD, BOS, EOS, BOI, EOI = range(len(MARKS))
+N_SPECIAL = len(MARKS)  # ids below this are marks, the others are text
 
 
 class Tokenizer:
@@ -491,6 +492,7 @@ def generate(model, tokens, image_id, latents=None, max_length=64, max_images=1,
     prompt_images = latents if latents is not None else torch.zeros(B, 0, *size, device=device)
     images = torch.cat([prompt_images, torch.zeros(B, max_images, *size, device=device)], dim=1)
     n_images = image_id.amax(1) + 1                                            # (B,)
+    most_images = n_images + max_images
     length = ((tokens != PAD) * torch.arange(1, tokens.shape[1] + 1, device=device)).amax(1)
 
     # Guidance needs the same image without its text: a second copy of every row, rows B to 2B, that never gets any.
@@ -525,7 +527,7 @@ def generate(model, tokens, image_id, latents=None, max_length=64, max_images=1,
         length = cache.length[:B]
         last = written[:B].gather(1, length[:, None] - 1)[:, 0]
         writing = (last != BOI) & (last != EOS) & (length < max_length)
-        drawing = (last == BOI) & (length + n < max_length) & (n_images < images.shape[1])
+        drawing = (last == BOI) & (length + n < max_length) & (n_images < most_images)
 
         if writing.any():                                                      # LM mode, until every row ends or draws
             if temperature == 0:

@@ -8,12 +8,9 @@ from data import shapes
 
 
 def examples(split, n, seed):
-    """n different facts of a split, each as (Scene, caption from either side, picture)."""
+    """n examples of a split, each as (Scene, caption from either side, picture). A fact may come twice, drawn anew."""
     rng = random.Random(seed)
-    facts = shapes.SPLITS[split]
-    if n > len(facts):
-        raise ValueError(f"the {split} split has {len(facts)} facts, fewer than the {n} asked for")
-    scenes = sorted(facts, key=lambda _: rng.random())[:n]
+    scenes = [shapes.pick(rng, shapes.SPLITS[split]) for _ in range(n)]
     return [(scene, shapes.describe(scene, rng.random() < 0.5), shapes.render(scene, rng)) for scene in scenes]
 
 

@@ -22,7 +22,7 @@ COLOURS = {
     "red": (225, 45, 45), "yellow": (245, 205, 40), "green": (45, 165, 75), "cyan": (60, 200, 220),
     "blue": (45, 80, 225), "purple": (150, 60, 190), "black": (35, 35, 35),
 }
-SIZES = {"small": 8, "big": 12}  # pixels from edge to edge
+EDGE = 12  # pixels of a shape from edge to edge
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 # A shape is a drawing in the unit square: a list of (Pillow method, coordinates, 1 to add or 0 to cut out).
@@ -36,7 +36,6 @@ SHAPES = {
 
 
 class Thing(NamedTuple):
-    size: str
     colour: str
     shape: str
 
@@ -48,7 +47,7 @@ class Scene(NamedTuple):
     second: Thing | None = None
 
 
-THINGS = [Thing(*words) for words in product(SIZES, COLOURS, SHAPES)]
+THINGS = [Thing(*words) for words in product(COLOURS, SHAPES)]
 SINGLES = [Scene(thing) for thing in THINGS]
 FACTS = [Scene(a, relation, b) for relation in ("left of", "above") for a, b in product(THINGS, THINGS) if a != b]
 
@@ -56,7 +55,7 @@ FACTS = [Scene(a, relation, b) for relation in ("left of", "above") for a, b in 
 # ---- scene <-> caption -----------------------------------------------------------------------------------------------
 
 def describe(scene, flip=False, verb=""):
-    """"a small red circle above a big blue square.", or from the other side ("... below ...") with flip."""
+    """"a red circle above a blue square.", or from the other side ("... below ...") with flip."""
     first, relation, second = scene
     if second is None:
         return f"a {' '.join(first)}."
@@ -90,16 +89,16 @@ WORDS = sorted(set(" ".join(f"{describe(scene)} {reasoning(scene)}" for scene in
 
 # ---- scene <-> image -------------------------------------------------------------------------------------------------
 
-def sprite(size, shape, zoom=16):
-    """A shape's coverage of size x size pixels: drawn large, then averaged down. uint8 Pillow image."""
-    canvas = Image.new("L", (SIZES[size] * zoom, SIZES[size] * zoom))
+def sprite(shape, zoom=16):
+    """A shape's coverage of EDGE x EDGE pixels: drawn large, then averaged down. A uint8 Pillow image."""
+    canvas = Image.new("L", (EDGE * zoom, EDGE * zoom))
     for method, coordinates, ink in SHAPES[shape]:
         corners = [round(x * (canvas.width - 1)) for x in coordinates]
         getattr(ImageDraw.Draw(canvas), method)(corners, fill=255 * ink)
     return canvas.reduce(zoom)
 
 
-SPRITES = {(size, shape): sprite(size, shape) for size in SIZES for shape in SHAPES}
+SPRITES = {shape: sprite(shape) for shape in SHAPES}
 
 
 def render(scene, rng):
@@ -111,8 +110,7 @@ def render(scene, rng):
         if len(things) == 2:  # the first thing of a pair is always the left or the upper one
             along = 8 + 16 * i + jitter(rng, 1)
         x, y = (across, along) if scene.relation == "above" else (along, across)
-        mask = SPRITES[thing.size, thing.shape]
-        image.paste(COLOURS[thing.colour], (x - mask.width // 2, y - mask.height // 2), mask)
+        image.paste(COLOURS[thing.colour], (x - EDGE // 2, y - EDGE // 2), SPRITES[thing.shape])
     return np.array(image)
 
 
@@ -123,21 +121,16 @@ def jitter(rng, most):
 def read(image, tolerance=0.15):
     """The Scene in a uint8 (32, 32, 3) picture, or None when it is not a scene.
 
-    Matching pursuit: find the thing and place that explain most of the picture, take it away, and do so once more.
-    It is a scene if what then remains is less than `tolerance` of the picture's energy, both in squared distance from
-    the background.
+    Matching pursuit: find the thing and the place that explain most of the picture, take it away, and do so once more.
+    It is a scene if less than `tolerance` of the picture's energy, its squared distance from the background, remains.
     """
     rest = np.asarray(image, np.float32) - np.float32(BACKGROUND)
     energy, found = (rest**2).sum(), []
-    while len(found) < 2 and (rest**2).sum() > tolerance / 5 * energy:
-        gain, thing, x, y = max(best_match(rest, size) for size in SIZES)
-        if gain <= 0.02 * energy:
-            break
-        found.append((thing, x, y))
-        mask = MASKS[thing.size][list(SHAPES).index(thing.shape)]
-        edge, ink = SIZES[thing.size], np.float32(COLOURS[thing.colour]) - np.float32(BACKGROUND)
-        corner_x, corner_y = x - edge // 2, y - edge // 2
-        rest[corner_y : corner_y + edge, corner_x : corner_x + edge] -= mask.reshape(edge, edge, 1) * ink
+    for _ in range(2):
+        gain, thing, x, y = best_match(rest)
+        if gain > 0.05 * energy:
+            found.append((thing, x, y))
+            rest[y : y + EDGE, x : x + EDGE] -= MASKS[thing.shape][..., None] * INKS[thing.colour]
     if not found or (rest**2).sum() > tolerance * energy:
         return None
     if len(found) == 1:
@@ -150,20 +143,20 @@ def read(image, tolerance=0.15):
     return scene if a != b else None
 
 
-MASKS = {size: np.stack([np.float32(SPRITES[size, shape]).ravel() / 255 for shape in SHAPES]) for size in SIZES}
-INKS = np.float32(list(COLOURS.values())) - np.float32(BACKGROUND)
+MASKS = {shape: np.float32(SPRITES[shape]) / 255 for shape in SHAPES}                     # each (EDGE, EDGE)
+INKS = {colour: np.float32(COLOURS[colour]) - np.float32(BACKGROUND) for colour in COLOURS}  # each (3,)
 
 
-def best_match(rest, size):
-    """(error it removes, Thing, x, y) of the best thing of one size: |r|^2 - |r - m*ink|^2 = 2 m.r.ink - |m|^2 |ink|^2."""
-    edge, masks = SIZES[size], MASKS[size]
-    windows = np.lib.stride_tricks.sliding_window_view(rest, (edge, edge), axis=(0, 1))  # (rows, columns, 3, edge, edge)
-    overlap = windows.reshape(-1, edge * edge) @ masks.T                                 # (places * 3, shapes)
-    overlap = overlap.reshape(-1, 3, len(masks)).transpose(0, 2, 1) @ INKS.T             # (places, shapes, colours)
-    gain = 2 * overlap - (masks**2).sum(1)[:, None] * (INKS**2).sum(1)
+def best_match(rest):
+    """(squared error it removes, Thing, x, y) of the best thing: |r|^2 - |r - m * ink|^2 = 2 m.r.ink - |m|^2 |ink|^2."""
+    masks, inks = np.stack([m.ravel() for m in MASKS.values()]), np.stack(list(INKS.values()))
+    windows = np.lib.stride_tricks.sliding_window_view(rest, (EDGE, EDGE), axis=(0, 1))  # (rows, columns, 3, EDGE, EDGE)
+    overlap = windows.reshape(-1, EDGE * EDGE) @ masks.T                                 # (places * 3, shapes)
+    overlap = overlap.reshape(-1, 3, len(masks)).transpose(0, 2, 1) @ inks.T             # (places, shapes, colours)
+    gain = 2 * overlap - (masks**2).sum(1)[:, None] * (inks**2).sum(1)
     place, shape, colour = np.unravel_index(gain.argmax(), gain.shape)
-    y, x = divmod(int(place), IMAGE_SIZE - edge + 1)
-    return gain.max(), Thing(size, list(COLOURS)[colour], list(SHAPES)[shape]), x + edge // 2, y + edge // 2
+    y, x = divmod(int(place), IMAGE_SIZE - EDGE + 1)
+    return gain.max(), Thing(list(COLOURS)[colour], list(SHAPES)[shape]), x, y
 
 
 # ---- documents: what a model is trained on ---------------------------------------------------------------------------
