@@ -29,10 +29,10 @@ def parse_options(argv):
     parser.add_argument("prompts", nargs="*", help='text, with <file.png> for a picture; none: start from nothing')
     parser.add_argument("--run", default="runs/shapes", help="folder of the trained run (default: %(default)s)")
     parser.add_argument("--out", default="samples", help="folder for the pictures (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps (default: %(default)s; the paper's: 250)")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps, the paper's: 250 (default: 50)")
     parser.add_argument("--cfg-scale", type=float, help="guidance scale, 1 is none (default: the run's)")
     parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm is the paper's")
-    parser.add_argument("--temperature", type=float, help="of the text, 0 is greedy (default: 0, or 1 without a prompt)")
+    parser.add_argument("--temperature", type=float, help="of the text, 0: greedy (default: 0, or 1 without prompt)")
     parser.add_argument("--max-length", type=int, default=128, help="most places of a sequence (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise and the text (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or mps; auto takes what is there")
@@ -87,7 +87,7 @@ def as_text(tokens, image_id, tokenizer):
 
 
 class Screen:
-    """Sees every token and every denoising step: prints the text of the first row, and keeps the images for the GIFs."""
+    """Sees every token and every denoising step: prints the first row's text, and keeps the images for the GIFs."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.shown, self.frames = tokenizer, "", []
@@ -123,7 +123,7 @@ def save_image(frames, folder):
 def main(argv=None):
     args = parse_options(argv)
     device = pick_device(args.device)
-    saved, model, vae, tokenizer = load_run(args.run, device)
+    saved, (model, vae, tokenizer) = load_run(args.run, device)
     documents = [parse_prompt(prompt, model.cfg.image_size) for prompt in args.prompts or [""]]
     tokens, image_id, latents = make_batch(documents, vae, tokenizer, model.cfg, end=False)
     if tokens.shape[1] >= args.max_length:

@@ -26,7 +26,7 @@ V vocabulary. Every batch is rectangular:
 
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 
 import torch
@@ -36,8 +36,9 @@ from torch import nn
 # ---- Configuration ---------------------------------------------------------------------------------------------------
 
 
-def option(default, help):
-    return field(default=default, metadata={"help": help})
+def option(default, help, choices=None):
+    """A dataclass field that says what it is. train.py makes a command-line option of each."""
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass
@@ -45,9 +46,9 @@ class Config:
     dim: int = option(128, "width of the transformer")
     n_layers: int = option(6, "number of transformer blocks")
     n_heads: int = option(4, "attention heads a block")
-    qk_norm: bool = option(True, "normalise queries and keys")
-    target: str = option("v", "what the diffusion head predicts: eps (the paper's), v, x0 or flow")
-    t_dist: str = option("logit_normal", "distribution of t in training: uniform or logit_normal")
+    qk_norm: bool = option(False, "normalise queries and keys, as the Chameleon baseline does")
+    target: str = option("v", "what the diffusion head predicts; the paper's is eps", ("eps", "v", "x0", "flow"))
+    t_dist: str = option("logit_normal", "distribution of t in training", ("uniform", "logit_normal"))
     patch_position: bool = option(True, "add a learned embedding of its place in the picture to every patch")
     lambda_ddpm: float = option(5.0, "weight of the diffusion loss beside the language loss (the paper's: 5)")
     noise_cap: float = option(0.5, "largest t of an image that comes before its caption (the paper's: 0.5; 1 is off)")
@@ -56,7 +57,7 @@ class Config:
     latent_size: int = option(8, "VAE latents a side")
     latent_channels: int = option(4, "channels of a VAE latent")
     patch_size: int = option(2, "latents a side of one patch, which is one place of the sequence")
-    vae_dim: int = option(32, "channels of the VAE at half the image's size")
+    vae_dim: int = option(24, "channels of the VAE at half the image's size")
     vae_kl: float = option(1e-3, "weight of the VAE's KL loss")
 
     def __post_init__(self):
@@ -66,10 +67,9 @@ class Config:
             raise ValueError(f"latent_size ({self.latent_size}) must be a multiple of patch_size ({self.patch_size})")
         if math.log2(self.image_size / self.latent_size) % 1:
             raise ValueError(f"image_size / latent_size ({self.image_size} / {self.latent_size}) must be a power of 2")
-        if self.target not in ("eps", "v", "x0", "flow"):
-            raise ValueError(f"target must be eps, v, x0 or flow, not {self.target!r}")
-        if self.t_dist not in ("uniform", "logit_normal"):
-            raise ValueError(f"t_dist must be uniform or logit_normal, not {self.t_dist!r}")
+        for f in fields(self):
+            if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
+                raise ValueError(f"{f.name} must be one of {f.metadata['choices']}, not {getattr(self, f.name)!r}")
 
     @property
     def n_patches(self):
@@ -81,13 +81,13 @@ class Config:
 
 
 LAPTOP = Config()
-PAPER = Config(target="eps", t_dist="uniform", patch_position=False, qk_norm=False,
+PAPER = Config(target="eps", t_dist="uniform", patch_position=False,
                image_size=256, latent_size=32, latent_channels=8, vae_dim=128)
 PRESETS = {
     "laptop": LAPTOP,
     "tiny": replace(LAPTOP, dim=32, n_layers=2, n_heads=2, vae_dim=8),  # for tests: learns little, runs in seconds
-    "laptop-paper": replace(LAPTOP, target="eps", t_dist="uniform", patch_position=False, qk_norm=False),
-    "0.16B": replace(PAPER, dim=768, n_layers=16, n_heads=12),  # the sizes of section 4.1
+    "laptop-paper": replace(LAPTOP, target="eps", t_dist="uniform", patch_position=False),
+    "0.16B": replace(PAPER, dim=768, n_layers=16, n_heads=12),  # the paper's sizes
     "0.37B": replace(PAPER, dim=1024, n_layers=24, n_heads=16),
     "0.76B": replace(PAPER, dim=1536, n_layers=24, n_heads=24),
     "1.4B": replace(PAPER, dim=2048, n_layers=24, n_heads=16),
@@ -138,14 +138,10 @@ def pack(documents, tokenizer, n_patches, length=None, end=True):
         tokens, image_id, k = [BOS], [-1], 0
         for part in document:
             if isinstance(part, str):
-                new, ids = tokenizer.encode(part), -1
+                words = tokenizer.encode(part)
+                tokens, image_id = tokens + words, image_id + [-1] * len(words)
             else:
-                new, ids = [PAD] * n_patches, k
-                tokens.append(BOI), image_id.append(-1)
-            tokens += new
-            image_id += [ids] * len(new)
-            if ids >= 0:
-                tokens.append(EOI), image_id.append(-1)
+                tokens, image_id = tokens + [BOI] + [PAD] * n_patches + [EOI], image_id + [-1] + [k] * n_patches + [-1]
                 k += 1
         rows.append((tokens + [EOS] * end, image_id + [-1] * end))
     longest = max(len(tokens) for tokens, _ in rows)
@@ -167,7 +163,7 @@ def without_text(tokens, image_id, rows):
 
 
 def mixed_mask(image_id):
-    """Figure 4 of the paper, as a predicate: may the query at place q see the key at place kv?
+    """Section 3, "Transfusion attention", as a predicate: may the query at place q see the key at place kv?
 
     The signature is FlexAttention's mask_mod. A batch's dense mask is the predicate applied to all pairs at once.
     """
@@ -186,6 +182,11 @@ def dense_mask(may_see, query, n_keys):
 # ---- Schedule and noise ----------------------------------------------------------------------------------------------
 
 
+def sample_t(shape, t_dist, device):
+    """NOT STATED in the paper. logit_normal (Stable Diffusion 3) spends more of the training on the middle times."""
+    return torch.rand(shape, device=device) if t_dist == "uniform" else torch.randn(shape, device=device).sigmoid()
+
+
 def signal_noise(t, target):
     """How much signal a and how much noise s are in x_t = a * x0 + s * eps.
 
@@ -198,7 +199,7 @@ def signal_noise(t, target):
 
 
 def q_sample(x0, eps, t, target):
-    """Equation 2: noise the clean x0 (B, K, C, H, W) to time t (B, K)."""
+    """Section 2.2: noise the clean x0 (B, K, C, H, W) to time t (B, K)."""
     a, s = signal_noise(t[..., None, None, None], target)
     return a * x0 + s * eps
 
@@ -373,6 +374,23 @@ class LinearPatchDecoder(nn.Module):
 # ---- The model and its loss ------------------------------------------------------------------------------------------
 
 
+def take(x, index):
+    """Rows of x (B, M, D) by index (B, T) -> (B, T, D)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def token_losses(logits, tokens, image_id):
+    """-log P(next token) of each place but the last, and which of them count: both (B, T - 1).
+
+    There is no LM loss where the input is BOI (what follows is an image), a patch (EOI is appended, not predicted) or
+    padding.
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    counts = (inputs != BOI) & (image_id[:, :-1] < 0) & (targets != PAD)
+    error = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return error.view_as(targets), counts
+
+
 class Transfusion(nn.Module):
     def __init__(self, cfg, vocab_size):
         super().__init__()
@@ -404,7 +422,7 @@ class Transfusion(nn.Module):
         x = self.token_embedding(tokens)                                       # (B, T, D)
         if latents is not None:
             patches = self.patch_encoder(latents, t) + self.patch_position     # (B, K, N, D)
-            nth = is_patch.cumsum(1).sub(1).clamp(min=0)                       # the n-th image place holds the n-th patch
+            nth = is_patch.cumsum(1).sub(1).clamp(min=0)                       # n-th image place, n-th patch
             x = torch.where(is_patch[..., None], take(patches.flatten(1, 2), nth), x)
 
         position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -424,13 +442,14 @@ class Transfusion(nn.Module):
         return logits, self.patch_decoder(take(x, places).unflatten(1, (latents.shape[1], -1)))
 
     def loss(self, tokens, image_id, latents):
-        """The joint loss of a batch of clean latents: (loss, loss_lm, loss_ddpm). Equation 4."""
+        """The joint loss of a batch of clean latents: (loss, loss_lm, loss_ddpm). Section 3, training objective."""
         k = torch.arange(latents.shape[1], device=tokens.device)[:, None]
         after_text = (tokens >= N_SPECIAL).cumsum(1) > 0                       # (B, T)
         places_of = image_id[:, None] == k                                     # (B, K, T)
         exists, captioned = places_of.any(-1), (places_of & after_text[:, None]).any(-1)  # (B, K)
 
-        # Text after an image sees it noised, so an image that no text precedes is noised at most half way (section 4.4).
+        # Text sees the images before it as noised as they are, so an image that comes before all text is noised at most
+        # to noise_cap (the paper's ablation in table 8).
         t = sample_t(exists.shape, self.cfg.t_dist, tokens.device)
         t = torch.where(captioned, t, t * self.cfg.noise_cap)
 
@@ -453,122 +472,100 @@ class Transfusion(nn.Module):
         return loss_lm + self.cfg.lambda_ddpm * loss_ddpm, loss_lm, loss_ddpm
 
 
-def token_losses(logits, tokens, image_id):
-    """-log P(next token) of each place but the last, and which of them count: both (B, T - 1).
-
-    There is no LM loss where the input is BOI (what follows is an image), a patch (EOI is appended, not predicted) or
-    padding.
-    """
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    counts = (inputs != BOI) & (image_id[:, :-1] < 0) & (targets != PAD)
-    error = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return error.view_as(targets), counts
-
-
-def take(x, index):
-    """Rows of x (B, M, D) by index (B, T) -> (B, T, D)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def sample_t(shape, t_dist, device):
-    """NOT STATED in the paper. logit_normal (Stable Diffusion 3) spends more of the training on the middle times."""
-    return torch.rand(shape, device=device) if t_dist == "uniform" else torch.randn(shape, device=device).sigmoid()
-
-
 # ---- Generation ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def generate(model, tokens, image_id, latents=None, max_length=64, max_images=1, steps=50, cfg_scale=3.0,
-             sampler="ddim", temperature=0.0, watch=None):
-    """Go on from prompts (as `pack` makes them with end=False) until EOS. The LM head decides when to draw.
+def generate(model, tokens, image_id, latents, max_length=64, max_images=1, steps=50, cfg_scale=2.0, sampler="ddim",
+             temperature=0.0, watch=None):
+    """Go on from prompts until EOS, in one loop of two states. It is the LM head that switches, by saying BOI.
 
-    tokens, image_id (B, T) and the prompt's images, latents (B, K, C, H, W) or None. Returns whole sequences in the
-    same form: tokens, image_id (B, max_length), latents (B, max_images, C, H, W). `watch`, if given, is called with
-    them after every token and every denoising step. temperature 0 is greedy, as in the paper.
+    Takes a batch of the data contract without EOS, with clean latents (K may be 0), and gives one back: what was
+    written is added to tokens and image_id, and up to max_images drawn images a row to latents. No row gets longer than
+    max_length. temperature 0 is greedy, as in the paper; cfg_scale 1 is no guidance. `watch`, if given, is called with
+    the batch so far after every token and every denoising step.
     """
-    cfg, n, B, device = model.cfg, model.cfg.n_patches, len(tokens), tokens.device
-    size = (cfg.latent_channels, cfg.latent_size, cfg.latent_size)
-    prompt_images = latents if latents is not None else torch.zeros(B, 0, *size, device=device)
-    images = torch.cat([prompt_images, torch.zeros(B, max_images, *size, device=device)], dim=1)
-    n_images = image_id.amax(1) + 1                                            # (B,)
+    cfg, B, n, device = model.cfg, len(tokens), model.cfg.n_patches, tokens.device
+    images = torch.cat([latents, latents.new_zeros(B, max_images, *latents.shape[2:])], dim=1)
+    n_images = image_id.amax(1) + 1                                            # (B,) images so far
     most_images = n_images + max_images
     length = ((tokens != PAD) * torch.arange(1, tokens.shape[1] + 1, device=device)).amax(1)
 
-    # Guidance needs the same image without its text: a second copy of every row, rows B to 2B, that never gets any.
+    # Guidance compares with what the model would draw without the text. So every row gets a twin that holds the same
+    # marks and images and no text: rows B to 2B, with a cache of their own and mostly shorter.
     guided = cfg_scale != 1
-    def both(x):
-        return torch.cat([x, x]) if guided else x
-    null = without_text(tokens, image_id, torch.ones(B, dtype=torch.bool, device=device))
-    tokens, image_id = (torch.cat(pair) if guided else pair[0] for pair in zip((tokens, image_id), null))
-    n_text = (tokens[:B] >= N_SPECIAL).sum(1)
-    keep = torch.cat([length, length - n_text]) if guided else length
 
-    cache = KVCache(cfg, len(tokens), max_length + n + 1, like=model.lm_head.weight)
-    written = torch.full_like(cache.image_id, PAD)                             # the tokens of what is in the cache
-    logits = torch.zeros(len(tokens), model.lm_head.out_features, device=device)
+    def with_twins(x, twins=None):
+        return torch.cat([x, x if twins is None else twins]) if guided else x
 
-    def feed(tokens, image_id, keep, latents=None):
-        """Append places to every row, images clean at t = 0. The first keep (rows,) of them stay, the rest is draft."""
-        t = torch.zeros(latents.shape[:2], device=device) if latents is not None else None
+    n_text = (tokens >= N_SPECIAL).sum(1)
+    null_tokens, null_id = without_text(tokens, image_id, torch.ones_like(n_text, dtype=torch.bool))
+    cache = KVCache(cfg, len(with_twins(tokens)), max_length + n + 1, like=model.lm_head.weight)
+    written = torch.full_like(cache.image_id, PAD)                             # the tokens of the places in the cache
+    logits = torch.zeros(len(written), model.lm_head.out_features, device=device)  # of every row's last place
+
+    def append(tokens, image_id, keep, latents=None):
+        """Run some places behind every row, images clean at t = 0. The first keep (rows,) places stay."""
+        t = None if latents is None else torch.zeros(latents.shape[:2], device=device)
         out, _ = model(tokens, image_id, latents, t, cache)
         written.scatter_(1, cache.length[:, None] + torch.arange(tokens.shape[1], device=device), tokens)
-        row = torch.arange(len(tokens), device=device)
-        logits.copy_(torch.where((keep > 0)[:, None], out[row, (keep - 1).clamp(min=0)], logits))
+        last = out[torch.arange(len(out), device=device), (keep - 1).clamp(min=0)]
+        logits.copy_(torch.where(keep[:, None] > 0, last, logits))
         cache.length += keep
 
-    def sequences():
-        done = torch.arange(cache.length[:B].amax(), device=device) < cache.length[:B, None]
-        tokens, image_id = written[:B, :done.shape[1]], cache.image_id[:B, :done.shape[1]]
-        return tokens.where(done, PAD), image_id.where(done, -1), images
+    def so_far():
+        kept = torch.arange(cache.length[:B].max(), device=device) < cache.length[:B, None]
+        tokens, image_id = (x[:B, :kept.shape[1]] for x in (written, cache.image_id))
+        return tokens.where(kept, PAD), image_id.where(kept, -1), images
 
-    feed(tokens, image_id, keep, both(prompt_images) if prompt_images.shape[1] else None)
+    append(with_twins(tokens, null_tokens), with_twins(image_id, null_id), with_twins(length, length - n_text),
+           with_twins(latents) if latents.shape[1] else None)
     while True:
         length = cache.length[:B]
         last = written[:B].gather(1, length[:, None] - 1)[:, 0]
         writing = (last != BOI) & (last != EOS) & (length < max_length)
         drawing = (last == BOI) & (length + n < max_length) & (n_images < most_images)
 
-        if writing.any():                                                      # LM mode, until every row ends or draws
+        if writing.any():  # LM mode. A row that has said BOI waits until the others have too, or have ended.
             if temperature == 0:
                 token = logits[:B].argmax(-1)
             else:
                 token = torch.multinomial((logits[:B] / temperature).softmax(-1), 1)[:, 0]
-            keep = both(writing)
-            keep[B:] &= both(token < N_SPECIAL)[B:]                            # the null copies get marks only
-            feed(both(token)[:, None], torch.full_like(both(token), -1)[:, None], keep.long())
+            keep = with_twins(writing, writing & (token < N_SPECIAL)).long()   # twins take no text
+            append(with_twins(token)[:, None], torch.full_like(keep, -1)[:, None], keep)
             if watch:
-                watch(*sequences())
+                watch(*so_far())
 
-        elif drawing.any():                                                    # diffusion mode, for all rows that wait
-            patches = torch.full((len(keep), n), PAD, device=device)
-            ids = both(n_images.where(drawing, -1))[:, None].expand(-1, n)
-            x = torch.randn(B, 1, *size, device=device)
+        elif drawing.any():  # Diffusion mode, for all rows that wait.
+            places = torch.full((len(written), n), PAD, device=device)
+            ids = with_twins(n_images.where(drawing, -1))[:, None].expand_as(places)
+            xt = torch.randn(B, 1, *latents.shape[2:], device=device)
             for t, t_next in pairwise(torch.linspace(1, 0, steps + 1, device=device)):
-                # Only the image's own places are computed, against the cached prefix; each step overwrites the last.
-                _, pred = model(patches, ids, both(x), t.expand(len(keep), 1), cache)
+                # Only the image's own places are computed, against the cached prefix. They are not kept: the next step
+                # writes over them.
+                _, pred = model(places, ids, with_twins(xt), t.expand(len(places), 1), cache)
                 if guided:
                     with_text, without = pred.chunk(2)
                     pred = without + cfg_scale * (with_text - without)
-                x = p_sample(x, pred, t, t_next, cfg.target, sampler)
-                images[drawing, n_images[drawing]] = x[drawing, 0]
+                xt = p_sample(xt, pred, t, t_next, cfg.target, sampler)        # (B, 1, C, H, W)
+                images[drawing, n_images[drawing]] = xt[drawing, 0]
                 if watch:
-                    watch(*sequences())
-            # What stays in the cache is the finished image, seen clean. EOI is appended, not predicted.
-            mark = torch.full((len(keep), 1), EOI, device=device)
-            feed(torch.cat([patches, mark], 1), torch.cat([ids, torch.full_like(mark, -1)], 1),
-                 both(drawing) * (n + 1), both(x))
+                    watch(*so_far())
+            # What stays is the finished image, run once more clean. EOI behind it is appended, not predicted.
+            eoi = torch.full_like(places[:, :1], EOI)
+            append(torch.cat([places, eoi], 1), torch.cat([ids, torch.full_like(eoi, -1)], 1),
+                   with_twins(drawing) * (n + 1), with_twins(xt))
             n_images = n_images + drawing.long()
 
         else:
-            return sequences()
+            return so_far()
 
 
 # ---- VAE: pictures to latents and back -------------------------------------------------------------------------------
 
 
 class VAE(nn.Module):
-    """A small convolutional VAE, trained before the transformer and then frozen. Pictures are uint8 (B, H, W, 3)."""
+    """A small convolutional VAE, trained first and then frozen. Pictures are uint8 (B, H, W, 3)."""
 
     def __init__(self, cfg):
         super().__init__()

@@ -25,6 +25,14 @@ def stack(top, bottom):
     return both
 
 
+def beside(left, right, gap=24):
+    """Two Pillow images in one, each in the middle of its height."""
+    both = Image.new("RGB", (left.width + gap + right.width, max(left.height, right.height)), "white")
+    both.paste(left, (0, (both.height - left.height) // 2))
+    both.paste(right, (left.width + gap, (both.height - right.height) // 2))
+    return both
+
+
 def captioned_grid(pictures, captions, right, columns=6, scale=4):
     """Pictures above their captions; a caption is red where the picture is not what it says."""
     side, text_height = len(pictures[0]) * scale, 40

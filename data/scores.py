@@ -9,9 +9,11 @@ from data import shapes
 
 def examples(split, n, seed):
     """n examples of a split, each as (Scene, caption from either side, picture). A fact may come twice, drawn anew."""
-    rng = random.Random(seed)
-    scenes = [shapes.pick(rng, shapes.SPLITS[split]) for _ in range(n)]
-    return [(scene, shapes.describe(scene, rng.random() < 0.5), shapes.render(scene, rng)) for scene in scenes]
+    rng, result = random.Random(seed), []
+    for _ in range(n):
+        scene = shapes.pick(rng, shapes.SPLITS[split])
+        result.append((scene, shapes.describe(scene, rng.random() < 0.5), shapes.render(scene, rng)))
+    return result
 
 
 def accuracy(found, wanted):
@@ -21,8 +23,8 @@ def accuracy(found, wanted):
 def frechet(a, b):
     """Frechet distance between two sets of pictures, uint8 (N, 32, 32, 3).
 
-    The feature space is the 8 x 8 thumbnail, 192 numbers in [0, 1]: |mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)), A and
-    B their covariances. It tells colour, place and size apart, but hardly a circle from a square.
+    The feature space is the 8 x 8 RGB thumbnail, 192 numbers in [0, 1]: |mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B))
+    with A and B the covariances. It sees colour and place, and of the shape little more than how much ink it has.
     """
     def statistics(pictures):
         thumbnails = pictures.reshape(len(pictures), 8, 4, 8, 4, 3).mean((2, 4)).reshape(len(pictures), -1) / 255

@@ -84,7 +84,7 @@ def answer(scene, flip=False):
     return scene.relation if flip else INVERSE[scene.relation]
 
 
-WORDS = sorted(set(" ".join(f"{describe(scene)} {reasoning(scene)}" for scene in FACTS).replace(".", "").split())) + ["."]
+WORDS = sorted(set(" ".join(map(reasoning, FACTS)).replace(".", "").split())) + ["."]
 
 
 # ---- scene <-> image -------------------------------------------------------------------------------------------------
@@ -143,14 +143,14 @@ def read(image, tolerance=0.15):
     return scene if a != b else None
 
 
-MASKS = {shape: np.float32(SPRITES[shape]) / 255 for shape in SHAPES}                     # each (EDGE, EDGE)
-INKS = {colour: np.float32(COLOURS[colour]) - np.float32(BACKGROUND) for colour in COLOURS}  # each (3,)
+MASKS = {shape: np.float32(SPRITES[shape]) / 255 for shape in SHAPES}
+INKS = {colour: np.float32(COLOURS[colour]) - np.float32(BACKGROUND) for colour in COLOURS}
 
 
 def best_match(rest):
-    """(squared error it removes, Thing, x, y) of the best thing: |r|^2 - |r - m * ink|^2 = 2 m.r.ink - |m|^2 |ink|^2."""
+    """(squared error it removes, Thing, x, y) of the best thing: |r|^2 - |r - m ink|^2 = 2 m.r.ink - |m|^2 |ink|^2."""
     masks, inks = np.stack([m.ravel() for m in MASKS.values()]), np.stack(list(INKS.values()))
-    windows = np.lib.stride_tricks.sliding_window_view(rest, (EDGE, EDGE), axis=(0, 1))  # (rows, columns, 3, EDGE, EDGE)
+    windows = np.lib.stride_tricks.sliding_window_view(rest, (EDGE, EDGE), axis=(0, 1))  # (rows, columns, 3, ...)
     overlap = windows.reshape(-1, EDGE * EDGE) @ masks.T                                 # (places * 3, shapes)
     overlap = overlap.reshape(-1, 3, len(masks)).transpose(0, 2, 1) @ inks.T             # (places, shapes, colours)
     gain = 2 * overlap - (masks**2).sum(1)[:, None] * (inks**2).sum(1)

@@ -14,7 +14,7 @@ from transfusion import (BOI, BOS, EOI, EOS, MARKS, PAD, PRESETS, VAE, Config, K
 
 WORDS = ["a", "red", "blue", "circle", "square", "above", "."]
 IMAGE = None  # pack takes anything that is not a str for an image
-TINY = dict(dim=32, n_layers=2, n_heads=2, vae_dim=8)
+TINY = {"dim": 32, "n_layers": 2, "n_heads": 2, "vae_dim": 8}
 
 
 def tiny(vocab_size=None, seed=0, **options):
@@ -38,7 +38,8 @@ def batch(documents, cfg, **options):
 
 def test_any_string_round_trips():
     tokenizer, rng = Tokenizer(WORDS), random.Random(0)
-    strings = ["", " ", "a", "  a  red", "a red circle above a blue square.", "reddish.a red.", "naïve 日本\n\t", "redred"]
+    strings = ["", " ", "a", "  a  red", "a red circle above a blue square.", "reddish.a red.",
+               "naïve 日本\n\t", "redred"]
     alphabet = " .ared\n\x00é€😀"
     strings += ["".join(rng.choice(alphabet) for _ in range(rng.randrange(30))) for _ in range(300)]
     for text in strings:
@@ -341,7 +342,7 @@ def test_generation_with_the_cache_equals_generation_without(sampler, cfg_scale)
         model.lm_head.weight[BOI] *= 3                                         # make it draw more often
         tokens, image_id = pack([["a red", IMAGE, "a"]], tokenizer, model.cfg.n_patches, end=False)
         latents = torch.randn(1, 1, 4, 8, 8)
-        options = dict(max_length=64, steps=4, cfg_scale=cfg_scale, temperature=1.5, sampler=sampler)
+        options = {"max_length": 64, "steps": 4, "cfg_scale": cfg_scale, "temperature": 1.5, "sampler": sampler}
         torch.manual_seed(seed)
         slow = generate_slowly(model, tokens, image_id, latents, **options)
         torch.manual_seed(seed)
@@ -355,7 +356,7 @@ def test_generation_with_the_cache_equals_generation_without(sampler, cfg_scale)
 
 def test_rows_of_a_batch_do_not_disturb_each_other(monkeypatch):
     """Prompts of different lengths, some that draw and some that write, give what each gives alone."""
-    model, tokenizer = tiny(seed=1), Tokenizer(WORDS)
+    model = tiny(seed=1)
     prompts = [["a red circle above a blue square."], ["a"], [IMAGE], ["red", IMAGE, "blue"]]
     noise = torch.randn(1, 1, 4, 8, 8)
     monkeypatch.setattr(transfusion.torch, "randn", lambda n, *shape, device=None: noise.expand(n, *shape))
@@ -381,7 +382,8 @@ def test_rows_of_a_batch_do_not_disturb_each_other(monkeypatch):
 def test_generation_stops_at_its_limit_and_ends_with_what_it_was_given():
     model = tiny(seed=2)
     tokens, image_id = pack([["a red"]], Tokenizer(WORDS), model.cfg.n_patches, end=False)
-    out, out_id, _ = generate(model, tokens, image_id, max_length=20, steps=2, temperature=1.0)
+    no_images = torch.zeros(1, 0, 4, 8, 8)
+    out, out_id, _ = generate(model, tokens, image_id, no_images, max_length=20, steps=2, temperature=1.0)
     assert out.shape[1] <= 20 and out[:, :3].equal(tokens) and out[0, 0] == BOS
     assert (out_id >= 0).sum() in (0, model.cfg.n_patches)
 
@@ -430,8 +432,8 @@ def test_the_papers_sizes_have_the_papers_parameters(name):
 
 
 @pytest.mark.parametrize("options, word", [
-    (dict(dim=100), "n_heads"), (dict(patch_size=3), "patch_size"), (dict(image_size=48), "power of 2"),
-    (dict(target="noise"), "target"), (dict(t_dist="normal"), "t_dist"),
+    ({"dim": 99}, "n_heads"), ({"patch_size": 3}, "patch_size"), ({"image_size": 48}, "power of 2"),
+    ({"target": "noise"}, "target"), ({"t_dist": "normal"}, "t_dist"),
 ])
 def test_a_config_that_cannot_be_says_why(options, word):
     with pytest.raises(ValueError, match=word):

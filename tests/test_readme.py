@@ -1,0 +1,63 @@
+"""What the README says must be so: its commands, its references to lines, its figure."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import sample
+import train
+from transfusion import Config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"python (train|sample)\.py([^\n`&|#]*)", README)
+TABLE_OPTIONS = re.findall(r"`(--[a-z][^`]*)`", README)
+
+
+def test_every_reference_points_at_what_it_names():
+    references = re.findall(r"\[`(\w+)`\]\((\w+(?:/\w+)?\.py)#L(\d+)\)", README)
+    assert len(references) >= 10
+    for name, file, line in references:
+        text = (ROOT / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf"\s*(def|class) {name}\b|{name}\b", text), f"{file}:{line} is {text!r}, not {name}"
+
+
+def test_every_file_that_is_linked_is_there():
+    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_command_has_options_that_exist():
+    assert len(COMMANDS) >= 6
+    for script, options in COMMANDS:
+        words = re.findall(r"--[a-z-]+", options)
+        names = [f.name.replace("_", "-") for f in (*fields(Config), *fields(train.Run))]
+        known = {"--resume", "--eval-only", "--preset"} | {start + name for name in names for start in ("--", "--no-")}
+        if script == "sample":
+            known = {"--run", "--out", "--steps", "--cfg-scale", "--sampler", "--temperature", "--seed", "--max-length"}
+        assert set(words) <= known, (script, options)
+
+
+def test_the_training_commands_parse():
+    for script, options in COMMANDS:
+        if script == "train" and "NAME" not in options:
+            train.parse_options(options.split())
+    for option in TABLE_OPTIONS:
+        if option.split()[0] not in ("--out", "--temperature", "--steps", "--help"):
+            train.parse_options(option.split())
+
+
+def test_ci_runs_the_readmes_test_line():
+    ci = (ROOT / ".ci" / "run").read_text()
+    for command in ("pip install -q -r requirements.txt pytest ruff", "ruff check .", "python -m pytest"):
+        assert command in ci and command in README
+
+
+def test_the_first_screen_names_what_a_run_writes(capsys):
+    for name in ("figure.png", "progress.png", "log.csv", "metrics.json"):
+        assert name in README and name in (ROOT / "train.py").read_text()
+    with pytest.raises(SystemExit):
+        sample.main(["--help"])
+    assert "python sample.py" in capsys.readouterr().out
