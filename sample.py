@@ -78,7 +78,8 @@ def as_text(tokens, image_id, tokenizer):
     for name, places in groupby(zip(tokens.tolist(), image_id.tolist()), kind):
         ids = [token for token, _ in places]
         if name == "text":
-            pieces.append(tokenizer.decode(ids))
+            text = tokenizer.decode(ids)
+            pieces.append("".join(c if c.isprintable() else "\ufffd" for c in text))  # nothing that moves the cursor
         elif name == "image":
             pieces.append(f"({len(ids)} patches)")
         else:

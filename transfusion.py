@@ -8,20 +8,22 @@ latents, between BOI (begin of image) and EOI (end of image):
     BOS  a  red  circle  .  BOI  [patch] [patch] ... [patch]  EOI  EOS
 
 Attention is causal, but the patches of one image see each other. Text places are trained to predict the next token,
-patch places to predict the noise that was added to them. To generate, sample tokens until the model says BOI, run
+patch places to tell the noise in an image from the image. To generate, sample tokens until the model says BOI, run
 diffusion for that image, append EOI, and go on sampling tokens.
 
-Read from top to bottom: sequence and mask, schedule and noise, transformer, patch encoder, model and loss, generation,
-and last the VAE, which can stay a black box until then. `DEVIATION:` marks what differs from the paper and how to
-switch back; `NOT STATED:` marks what the paper leaves open.
+Read from top to bottom: sequence and mask, schedule and noise, transformer, patch encoder, model and loss, generation;
+last come the VAE, a black box until then, and the bridge from pictures to batches. `DEVIATION:` marks what differs from
+the paper, with the way back; `NOT STATED:` marks what the paper leaves open.
 
 Shapes: B sequences, T places, K images a sequence, C x H x W latents, N patches an image, P numbers a patch, D width,
 V vocabulary. Every batch is rectangular:
 
     tokens    (B, T) int64       text ids; image places hold PAD, and padding is on the right
     image_id  (B, T) int64       -1 for text, k for an element of the k-th image of that sequence
-    latents   (B, K, C, H, W)    VAE latents of up to K images
-    t         (B, K)             a diffusion time for every image: 0 is clean, 1 is pure noise (the paper's t / T)
+    latents   (B, K, C, H, W)    VAE latents of up to K images; some sequence has all K
+
+and in training every image is noised to a time of its own, t (B, K): 0 is clean, 1 is pure noise (the paper counts it
+in 1000 steps).
 """
 
 import math
@@ -50,9 +52,9 @@ class Config:
     target: str = option("v", "what the diffusion head predicts; the paper's is eps", ("eps", "v", "x0", "flow"))
     t_dist: str = option("logit_normal", "distribution of t in training", ("uniform", "logit_normal"))
     patch_position: bool = option(True, "add a learned embedding of its place in the picture to every patch")
-    lambda_ddpm: float = option(5.0, "weight of the diffusion loss beside the language loss (the paper's: 5)")
-    noise_cap: float = option(0.5, "largest t of an image that comes before its caption (the paper's: 0.5; 1 is off)")
-    drop_text: float = option(0.1, "share of captioned images trained without their text, for guidance")
+    lambda_ddpm: float = option(2.0, "weight of the diffusion loss beside the language loss; the paper's is 5")
+    noise_cap: float = option(0.5, "largest t of an image whose text comes only after it; 1 is off")
+    drop_text: float = option(0.1, "share of the sequences with captioned images that train without text, for guidance")
     image_size: int = option(32, "pixels a side")
     latent_size: int = option(8, "VAE latents a side")
     latent_channels: int = option(4, "channels of a VAE latent")
@@ -65,8 +67,8 @@ class Config:
             raise ValueError(f"dim ({self.dim}) must be a multiple of 2 * n_heads ({2 * self.n_heads})")
         if self.latent_size % self.patch_size:
             raise ValueError(f"latent_size ({self.latent_size}) must be a multiple of patch_size ({self.patch_size})")
-        if math.log2(self.image_size / self.latent_size) % 1:
-            raise ValueError(f"image_size / latent_size ({self.image_size} / {self.latent_size}) must be a power of 2")
+        if self.image_size not in [self.latent_size * 2**stages for stages in range(1, 10)]:
+            raise ValueError(f"image_size / latent_size ({self.image_size} / {self.latent_size}) must be 2, 4, 8, ...")
         for f in fields(self):
             if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
                 raise ValueError(f"{f.name} must be one of {f.metadata['choices']}, not {getattr(self, f.name)!r}")
@@ -81,12 +83,12 @@ class Config:
 
 
 LAPTOP = Config()
-PAPER = Config(target="eps", t_dist="uniform", patch_position=False,
+PAPER = Config(target="eps", t_dist="uniform", lambda_ddpm=5.0, patch_position=False,
                image_size=256, latent_size=32, latent_channels=8, vae_dim=128)
 PRESETS = {
     "laptop": LAPTOP,
     "tiny": replace(LAPTOP, dim=32, n_layers=2, n_heads=2, vae_dim=8),  # for tests: learns little, runs in seconds
-    "laptop-paper": replace(LAPTOP, target="eps", t_dist="uniform", patch_position=False),
+    "laptop-paper": replace(LAPTOP, target="eps", t_dist="uniform", lambda_ddpm=5.0, patch_position=False),
     "0.16B": replace(PAPER, dim=768, n_layers=16, n_heads=12),  # the paper's sizes
     "0.37B": replace(PAPER, dim=1024, n_layers=24, n_heads=16),
     "0.76B": replace(PAPER, dim=1536, n_layers=24, n_heads=24),
@@ -127,11 +129,11 @@ class Tokenizer:
         return b"".join(self.bytes[i] for i in ids).removeprefix(b" ").decode(errors="replace")
 
 
-def pack(documents, tokenizer, n_patches, length=None, end=True):
-    """Lay out documents as a batch: tokens and image_id, both (B, T), padded on the right.
+def pack(documents, tokenizer, n_patches, end=True):
+    """Lay out documents as a batch: tokens and image_id, both (B, T), padded on the right to the longest.
 
     A document is a list of parts in reading order: a str, or anything else for an image. `end` says whether EOS closes
-    it (training) or it is left open (a prompt). T is `length`, or the longest document's.
+    it (training) or it is left open (a prompt).
     """
     rows = []
     for document in documents:
@@ -144,10 +146,7 @@ def pack(documents, tokenizer, n_patches, length=None, end=True):
                 tokens, image_id = tokens + [BOI] + [PAD] * n_patches + [EOI], image_id + [-1] + [k] * n_patches + [-1]
                 k += 1
         rows.append((tokens + [EOS] * end, image_id + [-1] * end))
-    longest = max(len(tokens) for tokens, _ in rows)
-    length = length or longest
-    if longest > length:
-        raise ValueError(f"a document takes {longest} places, but a sequence has only {length}")
+    length = max(len(tokens) for tokens, _ in rows)
     return (torch.tensor([tokens + [PAD] * (length - len(tokens)) for tokens, _ in rows]),
             torch.tensor([image_id + [-1] * (length - len(image_id)) for _, image_id in rows]))
 
@@ -165,7 +164,8 @@ def without_text(tokens, image_id, rows):
 def mixed_mask(image_id):
     """Section 3, "Transfusion attention", as a predicate: may the query at place q see the key at place kv?
 
-    The signature is FlexAttention's mask_mod. A batch's dense mask is the predicate applied to all pairs at once.
+    Row b, head h (all heads share the mask). This signature is the one that FlexAttention takes; below, dense_mask
+    simply applies the predicate to all pairs. There is no word about padding: on the right, causality hides it.
     """
     def may_see(b, h, q, kv):
         same_image = (image_id[b, q] == image_id[b, kv]) & (image_id[b, q] >= 0)
@@ -183,15 +183,18 @@ def dense_mask(may_see, query, n_keys):
 
 
 def sample_t(shape, t_dist, device):
-    """NOT STATED in the paper. logit_normal (Stable Diffusion 3) spends more of the training on the middle times."""
+    """Training times. NOT STATED: the paper names no distribution; DDPM's is uniform.
+
+    DEVIATION: logit_normal, Stable Diffusion 3's, which visits the middle times more often. @T_DIST@
+    """
     return torch.rand(shape, device=device) if t_dist == "uniform" else torch.randn(shape, device=device).sigmoid()
 
 
 def signal_noise(t, target):
     """How much signal a and how much noise s are in x_t = a * x0 + s * eps.
 
-    Cosine schedule (section 2.2): a = sqrt(alpha_bar_t) = cos(t * pi / 2), s = sqrt(1 - alpha_bar_t). Flow matching is
-    the same formula on a straight path.
+    Cosine schedule (section 2.2): a = sqrt(alpha_bar_t) = cos(t * pi / 2), s = sqrt(1 - alpha_bar_t). Only the target
+    "flow" brings a schedule of its own, flow matching's straight path from image to noise.
     """
     if target == "flow":
         return 1 - t, t
@@ -205,7 +208,10 @@ def q_sample(x0, eps, t, target):
 
 
 def diffusion_target(x0, eps, t, target):
-    """What the model should say about x_t. The paper predicts eps; the others are the same knowledge, weighted anew."""
+    """What the model should say about x_t. Each answer gives the others; only their errors weigh differently.
+
+    DEVIATION: the paper predicts eps (target="eps"); the default is v. @TARGET@
+    """
     a, s = signal_noise(t[..., None, None, None], target)
     return {"eps": eps, "x0": x0, "v": a * eps - s * x0, "flow": eps - x0}[target]
 
@@ -226,15 +232,17 @@ def x0_and_eps(pred, xt, t, target):
 def p_sample(xt, pred, t, t_next, target, sampler):
     """One denoising step, from time t to t_next < t.
 
-    "ddim" keeps the predicted noise, and is deterministic. "ddpm" is the paper's ancestral sampler: it replaces as much
-    of that noise by fresh noise as the Markov chain q(x_t | x_t_next) has added in between.
+    Both go to the predicted x0 and add noise for t_next. "ddim" takes the predicted noise, all of it. "ddpm", the
+    paper's ancestral sampler, takes fresh noise for as much of it as the Markov chain adds between t_next and t.
     """
     x0, eps = x0_and_eps(pred, xt, t, target)
     a, s = signal_noise(t[..., None, None, None], target)
     a_next, s_next = signal_noise(t_next[..., None, None, None], target)
-    fresh = 0 if sampler == "ddim" else (s**2 - (a / a_next * s_next) ** 2).clamp(min=0) * (s_next / s) ** 2
-    noise = 0 if sampler == "ddim" else fresh**0.5 * torch.randn_like(xt)
-    return a_next * x0 + (s_next**2 - fresh).clamp(min=0) ** 0.5 * eps + noise
+    fresh_var = torch.zeros_like(s)
+    if sampler == "ddpm":  # the variance of q(x_t_next | x_t, x0)
+        fresh_var = (s**2 - (a / a_next * s_next) ** 2).clamp(min=0) * (s_next / s) ** 2
+    kept_var = (s_next**2 - fresh_var).clamp(min=0)
+    return a_next * x0 + kept_var.sqrt() * eps + fresh_var.sqrt() * torch.randn_like(xt)
 
 
 # ---- Transformer: Llama's (RMSNorm, RoPE, SwiGLU, no biases) ---------------------------------------------------------
@@ -265,11 +273,11 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(head_dim) if cfg.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head_dim) if cfg.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, mask, cache=None):
+    def forward(self, x, rope, mask, store=None):
         q, k, v = (w(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)      # (B, heads, T, head_dim)
-        if cache is not None:
-            k, v = cache(k, v)                                                 # (B, heads, all places, head_dim)
+        if store is not None:  # generating: add these keys and values to the earlier ones
+            k, v = store(k, v)                                                 # (B, heads, all places, head_dim)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.wo(x.transpose(1, 2).flatten(2))                           # (B, T, D)
 
@@ -292,16 +300,17 @@ class Block(nn.Module):
         self.attention_norm, self.attention = nn.RMSNorm(cfg.dim), Attention(cfg)
         self.ffn_norm, self.ffn = nn.RMSNorm(cfg.dim), FeedForward(cfg)
 
-    def forward(self, x, rope, mask, cache=None):
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache)
+    def forward(self, x, rope, mask, store=None):
+        x = x + self.attention(self.attention_norm(x), rope, mask, store)
         return x + self.ffn(self.ffn_norm(x))
 
 
 class KVCache:
-    """Keys and values of every layer, in place. Every row of the batch has its own length: the places it has finished.
+    """For generation only: the keys and values of every layer, and how many places of each row are there to stay.
 
-    Whatever is written beyond a row's length is a draft. Causality hides it from what comes before, and the next write
-    replaces it: so a step of denoising overwrites the last one, and a row that waits for others costs no bookkeeping.
+    The model writes behind a row's length without moving it; what the caller does not keep, by adding to length, is
+    hidden by causality and overwritten by the next write. So every step of denoising replaces the one before, and rows
+    of different lengths need no bookkeeping.
     """
 
     def __init__(self, cfg, rows, places, like):
@@ -310,7 +319,7 @@ class KVCache:
         self.image_id = torch.full((rows, places), -1, device=like.device)
         self.length = torch.zeros(rows, dtype=torch.long, device=like.device)
 
-    def writer(self, layer, position):
+    def store(self, layer, position):
         """For one layer: a function that stores k and v (B, heads, n, head_dim) at places (B, n), and returns all."""
         def write(k, v):
             where = position[:, None, :, None].expand_as(k)
@@ -382,8 +391,8 @@ def take(x, index):
 def token_losses(logits, tokens, image_id):
     """-log P(next token) of each place but the last, and which of them count: both (B, T - 1).
 
-    There is no LM loss where the input is BOI (what follows is an image), a patch (EOI is appended, not predicted) or
-    padding.
+    logits (B, T - 1, V) are those of all places but the last. There is no LM loss where the input is BOI (what follows
+    is an image) or a patch (EOI is appended, not predicted), nor where padding follows.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     counts = (inputs != BOI) & (image_id[:, :-1] < 0) & (targets != PAD)
@@ -398,8 +407,8 @@ class Transfusion(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, cfg.dim)
         self.patch_encoder = LinearPatchEncoder(cfg)
         # DEVIATION: patches know their place in the picture by a learned embedding; the paper has only the RoPE of
-        # their raster order in the sequence (patch_position=False).
-        self.patch_position = nn.Parameter(torch.zeros(cfg.n_patches, cfg.dim)) if cfg.patch_position else 0
+        # their raster order in the sequence (patch_position=False). @POSITION@
+        self.patch_position = nn.Parameter(torch.empty(cfg.n_patches, cfg.dim)) if cfg.patch_position else 0
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = nn.RMSNorm(cfg.dim)
         self.lm_head = nn.Linear(cfg.dim, vocab_size, bias=False)
@@ -416,13 +425,14 @@ class Transfusion(nn.Module):
     def forward(self, tokens, image_id, latents=None, t=None, cache=None):
         """tokens, image_id (B, T), noised latents (B, K, C, H, W), t (B, K) -> logits (B, T, V), pred (B, K, C, H, W).
 
-        With a cache the T places come after those that are in it, and see them too. Without images, pred is None.
+        With a cache the T places come behind those that are in it, and see them too; latents are then only those of
+        the images among the T places. Without images, pred is latents as given.
         """
-        is_patch = image_id >= 0                                               # (B, T)
+        is_patch, has_images = image_id >= 0, latents is not None and latents.shape[1] > 0
         x = self.token_embedding(tokens)                                       # (B, T, D)
-        if latents is not None:
+        if has_images:
             patches = self.patch_encoder(latents, t) + self.patch_position     # (B, K, N, D)
-            nth = is_patch.cumsum(1).sub(1).clamp(min=0)                       # n-th image place, n-th patch
+            nth = is_patch.cumsum(1).sub(1).clamp(min=0)                       # the n-th image place takes patch n
             x = torch.where(is_patch[..., None], take(patches.flatten(1, 2), nth), x)
 
         position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -432,36 +442,40 @@ class Transfusion(nn.Module):
         mask = dense_mask(mixed_mask(image_id), position, image_id.shape[1])   # (B, 1, T, all places)
         rope = rope_angles(position, self.cfg.dim // self.cfg.n_heads)
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache and cache.writer(i, position))      # (B, T, D)
+            x = block(x, rope, mask, cache and cache.store(i, position))      # (B, T, D)
         x = self.norm(x)
         logits = self.lm_head(x)                                               # (B, T, V)
-        if latents is None:
-            return logits, None
-        n_places = latents.shape[1] * self.cfg.n_patches
-        places = is_patch.logical_not().long().argsort(dim=1, stable=True)[:, :n_places]  # image places come first
-        return logits, self.patch_decoder(take(x, places).unflatten(1, (latents.shape[1], -1)))
+        if not has_images:
+            return logits, latents
+        # The same way back: image places first, in their order. Where a row has fewer than K images, text places fill
+        # up; the loss does not look at them.
+        places = is_patch.logical_not().long().argsort(dim=1, stable=True)[:, :patches.shape[1] * patches.shape[2]]
+        return logits, self.patch_decoder(take(x, places).unflatten(1, patches.shape[1:3]))
 
     def loss(self, tokens, image_id, latents):
         """The joint loss of a batch of clean latents: (loss, loss_lm, loss_ddpm). Section 3, training objective."""
         k = torch.arange(latents.shape[1], device=tokens.device)[:, None]
-        after_text = (tokens >= N_SPECIAL).cumsum(1) > 0                       # (B, T)
-        places_of = image_id[:, None] == k                                     # (B, K, T)
-        exists, captioned = places_of.any(-1), (places_of & after_text[:, None]).any(-1)  # (B, K)
+        n_before = (tokens >= N_SPECIAL).cumsum(1)                             # (B, T) text tokens up to here
+        before, after = n_before > 0, n_before < n_before[:, -1:]
+        here = image_id[:, None] == k                                          # (B, K, T) the places of each image
+        exists, captioned = here.any(-1), (here & before[:, None]).any(-1)     # (B, K)
+        shown_first = (here & (~before & after)[:, None]).any(-1)              # text comes, but only after the image
 
-        # Text sees the images before it as noised as they are, so an image that comes before all text is noised at most
-        # to noise_cap (the paper's ablation in table 8).
+        # A time for every image. Text sees the images before it as noised as they are, so those that come first of all
+        # are noised at most to noise_cap (table 8 of the paper).
         t = sample_t(exists.shape, self.cfg.t_dist, tokens.device)
-        t = torch.where(captioned, t, t * self.cfg.noise_cap)
+        t = torch.where(shown_first, t * self.cfg.noise_cap, t)
 
-        # NOT STATED: how often the text is dropped. A row without its text trains guidance only, not the LM.
+        # For guidance, some rows go on without their text, and train the images only. It happens after t was drawn, so
+        # that their images too are denoised from pure noise. NOT STATED: how often.
         drop = captioned.any(1) & (torch.rand(len(tokens), device=tokens.device) < self.cfg.drop_text)
         tokens, image_id = without_text(tokens, image_id, drop)
 
         eps = torch.randn_like(latents)
-        xt = q_sample(latents, eps, t, self.cfg.target)                        # noise first, patches later
+        xt = q_sample(latents, eps, t, self.cfg.target)                        # the latents are noised, not the patches
         logits, pred = self(tokens[:, :-1], image_id[:, :-1], xt, t)           # the last place is never a patch
 
-        # Diffusion loss: a mean for every image, then over the images of the batch.
+        # Diffusion loss: the mean square error of every image, then the mean over the images of the batch.
         error = (pred - diffusion_target(latents, eps, t, self.cfg.target)).square().mean((2, 3, 4))  # (B, K)
         loss_ddpm = (error * exists).sum() / exists.sum().clamp(min=1)
 
@@ -476,23 +490,28 @@ class Transfusion(nn.Module):
 
 
 @torch.no_grad()
-def generate(model, tokens, image_id, latents, max_length=64, max_images=1, steps=50, cfg_scale=2.0, sampler="ddim",
+def generate(model, tokens, image_id, latents, max_length=None, max_images=1, steps=50, cfg_scale=2.0, sampler="ddim",
              temperature=0.0, watch=None):
     """Go on from prompts until EOS, in one loop of two states. It is the LM head that switches, by saying BOI.
 
-    Takes a batch of the data contract without EOS, with clean latents (K may be 0), and gives one back: what was
-    written is added to tokens and image_id, and up to max_images drawn images a row to latents. No row gets longer than
-    max_length. temperature 0 is greedy, as in the paper; cfg_scale 1 is no guidance. `watch`, if given, is called with
-    the batch so far after every token and every denoising step.
+    Takes tokens, image_id (as pack makes them with end=False) and clean latents (K may be 0). Returns the same three,
+    with what was written in tokens and image_id, and max_images more slots in latents, zero where nothing was drawn.
+    No row gets longer than max_length (the default has room for 64 tokens and the images) or draws more than
+    max_images: there it ends. temperature 0 is greedy, as in the paper; cfg_scale 1 is no guidance. `watch`, if given,
+    is called with the three so far (copy what you keep) after every token and every denoising step. Raises ValueError
+    if a prompt does not fit.
     """
     cfg, B, n, device = model.cfg, len(tokens), model.cfg.n_patches, tokens.device
+    max_length = max_length or tokens.shape[1] + 64 + max_images * (n + 2)
+    if tokens.shape[1] > max_length:
+        raise ValueError(f"the longest prompt takes {tokens.shape[1]} places, and max_length is {max_length}")
     images = torch.cat([latents, latents.new_zeros(B, max_images, *latents.shape[2:])], dim=1)
     n_images = image_id.amax(1) + 1                                            # (B,) images so far
     most_images = n_images + max_images
     length = ((tokens != PAD) * torch.arange(1, tokens.shape[1] + 1, device=device)).amax(1)
 
-    # Guidance compares with what the model would draw without the text. So every row gets a twin that holds the same
-    # marks and images and no text: rows B to 2B, with a cache of their own and mostly shorter.
+    # Guidance compares with what the model would draw without the text. So every row gets a twin with the same marks
+    # and images and no text, the same null form as in training: rows B to 2B, mostly shorter.
     guided = cfg_scale != 1
 
     def with_twins(x, twins=None):
@@ -500,18 +519,18 @@ def generate(model, tokens, image_id, latents, max_length=64, max_images=1, step
 
     n_text = (tokens >= N_SPECIAL).sum(1)
     null_tokens, null_id = without_text(tokens, image_id, torch.ones_like(n_text, dtype=torch.bool))
-    cache = KVCache(cfg, len(with_twins(tokens)), max_length + n + 1, like=model.lm_head.weight)
-    written = torch.full_like(cache.image_id, PAD)                             # the tokens of the places in the cache
-    logits = torch.zeros(len(written), model.lm_head.out_features, device=device)  # of every row's last place
+    cache = KVCache(cfg, len(with_twins(tokens)), max_length + n + 1, like=model.lm_head.weight)  # room to overwrite
+    written = torch.full((B, cache.image_id.shape[1]), PAD, device=device)     # the tokens of the places in the cache
+    logits = torch.zeros(B, model.lm_head.out_features, device=device)         # what comes after each row's last place
 
-    def append(tokens, image_id, keep, latents=None):
-        """Run some places behind every row, images clean at t = 0. The first keep (rows,) places stay."""
-        t = None if latents is None else torch.zeros(latents.shape[:2], device=device)
-        out, _ = model(tokens, image_id, latents, t, cache)
-        written.scatter_(1, cache.length[:, None] + torch.arange(tokens.shape[1], device=device), tokens)
-        last = out[torch.arange(len(out), device=device), (keep - 1).clamp(min=0)]
-        logits.copy_(torch.where(keep[:, None] > 0, last, logits))
-        cache.length += keep
+    def append(new_tokens, new_id, n_keep, new_latents=None):
+        """Run new places behind every row, images clean at t = 0, and keep the first n_keep (rows,) of them."""
+        t = None if new_latents is None else torch.zeros(new_latents.shape[:2], device=device)
+        out, _ = model(new_tokens, new_id, new_latents, t, cache)
+        written.scatter_(1, cache.length[:B, None] + torch.arange(new_tokens.shape[1], device=device), new_tokens[:B])
+        newest = out[torch.arange(B, device=device), (n_keep[:B] - 1).clamp(min=0)]
+        logits.copy_(torch.where(n_keep[:B, None] > 0, newest, logits))
+        cache.length += n_keep
 
     def so_far():
         kept = torch.arange(cache.length[:B].max(), device=device) < cache.length[:B, None]
@@ -519,31 +538,31 @@ def generate(model, tokens, image_id, latents, max_length=64, max_images=1, step
         return tokens.where(kept, PAD), image_id.where(kept, -1), images
 
     append(with_twins(tokens, null_tokens), with_twins(image_id, null_id), with_twins(length, length - n_text),
-           with_twins(latents) if latents.shape[1] else None)
+           with_twins(latents))
     while True:
         length = cache.length[:B]
-        last = written[:B].gather(1, length[:, None] - 1)[:, 0]
+        last = written.gather(1, length[:, None] - 1)[:, 0]
         writing = (last != BOI) & (last != EOS) & (length < max_length)
         drawing = (last == BOI) & (length + n < max_length) & (n_images < most_images)
 
         if writing.any():  # LM mode. A row that has said BOI waits until the others have too, or have ended.
             if temperature == 0:
-                token = logits[:B].argmax(-1)
+                token = logits.argmax(-1)
             else:
-                token = torch.multinomial((logits[:B] / temperature).softmax(-1), 1)[:, 0]
-            keep = with_twins(writing, writing & (token < N_SPECIAL)).long()   # twins take no text
-            append(with_twins(token)[:, None], torch.full_like(keep, -1)[:, None], keep)
+                token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+            n_keep = with_twins(writing, writing & (token < N_SPECIAL)).long()  # twins take no text
+            append(with_twins(token)[:, None], torch.full_like(n_keep, -1)[:, None], n_keep)
             if watch:
                 watch(*so_far())
 
         elif drawing.any():  # Diffusion mode, for all rows that wait.
-            places = torch.full((len(written), n), PAD, device=device)
-            ids = with_twins(n_images.where(drawing, -1))[:, None].expand_as(places)
+            pads = with_twins(tokens.new_full((B, n), PAD))
+            ids = with_twins(n_images.where(drawing, -1))[:, None].expand_as(pads)
             xt = torch.randn(B, 1, *latents.shape[2:], device=device)
             for t, t_next in pairwise(torch.linspace(1, 0, steps + 1, device=device)):
                 # Only the image's own places are computed, against the cached prefix. They are not kept: the next step
                 # writes over them.
-                _, pred = model(places, ids, with_twins(xt), t.expand(len(places), 1), cache)
+                _, pred = model(pads, ids, with_twins(xt), t.expand(len(pads), 1), cache)
                 if guided:
                     with_text, without = pred.chunk(2)
                     pred = without + cfg_scale * (with_text - without)
@@ -552,8 +571,8 @@ def generate(model, tokens, image_id, latents, max_length=64, max_images=1, step
                 if watch:
                     watch(*so_far())
             # What stays is the finished image, run once more clean. EOI behind it is appended, not predicted.
-            eoi = torch.full_like(places[:, :1], EOI)
-            append(torch.cat([places, eoi], 1), torch.cat([ids, torch.full_like(eoi, -1)], 1),
+            eoi = torch.full_like(pads[:, :1], EOI)
+            append(torch.cat([pads, eoi], 1), torch.cat([ids, torch.full_like(eoi, -1)], 1),
                    with_twins(drawing) * (n + 1), with_twins(xt))
             n_images = n_images + drawing.long()
 
@@ -621,8 +640,8 @@ def make_batch(documents, vae, tokenizer, cfg, end=True):
     pictures = [[torch.as_tensor(part) for part in document if not isinstance(part, str)] for document in documents]
     counts = torch.tensor([len(row) for row in pictures])
     filled = torch.arange(counts.max()) < counts[:, None]                      # (B, K)
-    latents = torch.zeros(*filled.shape, cfg.latent_channels, cfg.latent_size, cfg.latent_size)
+    latents = vae.mean.new_zeros(*filled.shape, cfg.latent_channels, cfg.latent_size, cfg.latent_size)
     if filled.any():
-        latents[filled] = vae.encode(torch.stack([picture for row in pictures for picture in row])).cpu()
-    device = vae.mean.device
-    return tokens.to(device), image_id.to(device), latents.to(device)
+        everything = torch.stack([picture for row in pictures for picture in row])
+        latents[filled.to(latents.device)] = vae.encode(everything)
+    return tokens.to(latents.device), image_id.to(latents.device), latents

@@ -161,7 +161,7 @@ def best_match(rest):
 
 # ---- documents: what a model is trained on ---------------------------------------------------------------------------
 
-TEXT_ONLY, CAPTION_FIRST, SINGLE = 0.15, 0.8, 0.1  # shares: of all documents, of the pairs, of the pairs
+TEXT_ONLY, CAPTION_FIRST, SINGLE = 0.1, 0.8, 0.1  # shares: of all documents, of the pairs, of the pairs
 
 
 def split(scene):
@@ -177,13 +177,12 @@ def documents(n, seed):
     """n training documents, each a list of parts in reading order: a str, or a picture as uint8 (32, 32, 3)."""
     rng, result = random.Random(seed), []
     for _ in range(n):
-        scenes = SINGLES if rng.random() < SINGLE else SPLITS["train"]
-        scene = pick(rng, scenes)
         if rng.random() < TEXT_ONLY:
             result.append([reasoning(pick(rng, SPLITS["train"]), flip=rng.random() < 0.5)])
-            continue
-        pair = [describe(scene, flip=rng.random() < 0.5), render(scene, rng)]
-        result.append(pair if rng.random() < CAPTION_FIRST else pair[::-1])
+        else:
+            scene = pick(rng, SINGLES if rng.random() < SINGLE else SPLITS["train"])
+            pair = [describe(scene, flip=rng.random() < 0.5), render(scene, rng)]
+            result.append(pair if rng.random() < CAPTION_FIRST else pair[::-1])
     return result
 
 

@@ -84,13 +84,10 @@ def test_without_text_is_the_same_document_packed_without_its_text():
     tokens, image_id = pack(documents, Tokenizer(WORDS), n_patches=4)
     rows = torch.tensor([True, True, False])
     null, null_id = without_text(tokens, image_id, rows)
-    expected, expected_id = pack([[IMAGE, IMAGE], [IMAGE], ["a blue square."]], Tokenizer(WORDS), 4, tokens.shape[1])
-    assert null.equal(expected) and null_id.equal(expected_id)
-
-
-def test_a_document_that_is_too_long_is_refused():
-    with pytest.raises(ValueError, match="13 places.* only 10"):
-        pack([["a red circle.", IMAGE, "a"]], Tokenizer(WORDS), n_patches=4, length=10)
+    expected, expected_id = pack([[IMAGE, IMAGE], [IMAGE], ["a blue square."]], Tokenizer(WORDS), n_patches=4)
+    n = expected.shape[1]
+    assert null[:, :n].equal(expected) and null_id[:, :n].equal(expected_id)
+    assert (null[:, n:] == PAD).all() and (null_id[:, n:] == -1).all()
 
 
 def test_where_there_is_an_lm_loss():
@@ -222,11 +219,13 @@ def times_and_losses(monkeypatch, documents, **options):
 @pytest.mark.parametrize("t_dist", ["uniform", "logit_normal"])
 def test_an_image_before_its_text_is_noised_at_most_to_the_cap(monkeypatch, t_dist):
     documents = [["a red circle.", IMAGE]] * 200 + [[IMAGE, "a red circle."]] * 200 + [[IMAGE, "a", IMAGE]] * 200
+    documents += [[IMAGE]] * 200
     *_, t = times_and_losses(monkeypatch, documents, t_dist=t_dist, noise_cap=0.5)
     assert t[:200, 0].max() > 0.8
     assert 0.4 < t[200:400, 0].max() <= 0.5
-    assert t[400:, 0].max() <= 0.5 and t[400:, 1].max() > 0.8
-    assert len(t[:, 0].unique()) > 590  # every sequence and every image has its own
+    assert t[400:600, 0].max() <= 0.5 and t[400:600, 1].max() > 0.8
+    assert t[600:, 0].max() > 0.8  # no text looks at it
+    assert len(t[:, 0].unique()) > 790  # every sequence and every image has its own
 
 
 def test_dropped_text_costs_no_lm_loss_and_cannot_help_the_image(monkeypatch):
@@ -379,6 +378,16 @@ def test_rows_of_a_batch_do_not_disturb_each_other(monkeypatch):
             torch.testing.assert_close(together[2][row, i], alone[2][0, i], atol=1e-3, rtol=1e-3)
 
 
+def test_a_batch_of_text_alone_trains_and_generates():
+    model = tiny()
+    tokens, image_id, latents, _ = batch([["a red circle."], ["a"]], model.cfg)
+    loss, loss_lm, loss_ddpm = model.loss(tokens, image_id, latents)
+    assert loss == loss_lm > 0 and loss_ddpm == 0
+    prompt, prompt_id = pack([["a red"]], Tokenizer(WORDS), model.cfg.n_patches, end=False)
+    with pytest.raises(ValueError, match="3 places, and max_length is 2"):
+        generate(model, prompt, prompt_id, latents[:1], max_length=2)
+
+
 def test_generation_stops_at_its_limit_and_ends_with_what_it_was_given():
     model = tiny(seed=2)
     tokens, image_id = pack([["a red"]], Tokenizer(WORDS), model.cfg.n_patches, end=False)
@@ -432,7 +441,7 @@ def test_the_papers_sizes_have_the_papers_parameters(name):
 
 
 @pytest.mark.parametrize("options, word", [
-    ({"dim": 99}, "n_heads"), ({"patch_size": 3}, "patch_size"), ({"image_size": 48}, "power of 2"),
+    ({"dim": 99}, "n_heads"), ({"patch_size": 3}, "patch_size"), ({"image_size": 48}, "2, 4, 8"),
     ({"target": "noise"}, "target"), ({"t_dist": "normal"}, "t_dist"),
 ])
 def test_a_config_that_cannot_be_says_why(options, word):
