@@ -52,7 +52,7 @@ class Config:
     target: str = option("v", "what the diffusion head predicts; the paper's is eps", ("eps", "v", "x0", "flow"))
     t_dist: str = option("logit_normal", "distribution of t in training", ("uniform", "logit_normal"))
     patch_position: bool = option(True, "add a learned embedding of its place in the picture to every patch")
-    lambda_ddpm: float = option(2.0, "weight of the diffusion loss beside the language loss; the paper's is 5")
+    lambda_ddpm: float = option(1.5, "weight of the diffusion loss beside the language loss; the paper's is 5")
     noise_cap: float = option(0.5, "largest t of an image whose text comes only after it; 1 is off")
     drop_text: float = option(0.1, "share of the sequences with captioned images that train without text, for guidance")
     image_size: int = option(32, "pixels a side")
