@@ -44,10 +44,9 @@ class Run:
     weight_decay: float = option(0.1, "decoupled weight decay, on matrices")
     clip: float = option(1.0, "largest norm of the gradient")
     ema: float = option(0.99, "decay of the averaged weights, which are the ones that are scored and sampled")
-    compile: bool = option(False, "torch.compile the blocks: half a minute first, then about 1.2 times faster on a CPU")
     eval_every: int = option(200, "steps between evaluations and checkpoints")
     eval_n: int = option(512, "held-out examples behind every score of the final table")
-    sample_steps: int = option(20, "denoising steps of an evaluation")
+    sample_steps: int = option(12, "denoising steps of an evaluation")
     sampler: str = option("ddim", "ddpm is the paper's, with 250 steps", ("ddim", "ddpm"))
     cfg_scale: float = option(2.0, "guidance scale of the drawings; the table has a few others too")
 
@@ -84,9 +83,9 @@ class Muon(torch.optim.Optimizer):
             for _ in range(5):  # Newton-Schulz: an odd polynomial that drives all singular values towards 1
                 xx = x @ x.mT
                 x = 3.4445 * x + (-4.775 * xx + 2.0315 * xx @ xx) @ x
-            scale = 0.2 * max(x.shape[1:]) ** 0.5  # the size of an AdamW update
+            size = 0.2 * max(x.shape[1:]) ** 0.5  # that of an AdamW update
             for p, update in zip(params, x.mT if tall else x):
-                p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * scale)
+                p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * size)
 
 
 def make_optimizers(model, run):
@@ -105,8 +104,7 @@ def learning_rate(run, step):
     return run.lr * min((step + 1) / run.warmup, 0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def train_vae(cfg, run, pictures, device):
-    """pictures: uint8 (N, H, W, 3)."""
+def train_vae(cfg, run, pictures, device):  # uint8 (N, H, W, 3)
     vae = VAE(cfg).to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.95), weight_decay=0)
     bar = tqdm(range(run.vae_steps), "VAE  ", disable=None)
@@ -155,12 +153,12 @@ def say(models, pictures, run):
 def evaluate(models, run):
     """The score table on held-out facts, {score: (value, what to compare it with)}, and the drawings behind it."""
     model, vae, tokenizer = models
-    rng, table = random.Random(run.seed + 1), {}
     torch.manual_seed(run.seed)
     scenes, captions, pictures = zip(*examples("test", run.eval_n, run.seed + 1))
-    flips = [rng.random() < 0.5 for _ in scenes]
+    rng, table = random.Random(run.seed + 1), {}
 
-    texts = [shapes.reasoning(scene, flip) for scene, flip in zip(scenes, flips)]
+    flips = [rng.random() < 0.5 for _ in scenes]
+    texts = list(map(shapes.reasoning, scenes, flips))
     for kind, documents, then in (("text", texts, EOS), ("caption", captions, BOI)):
         log_p, count = (x.sum().item() for x in log_likelihood(model, documents, tokenizer, then))
         floor = math.exp(shapes.entropy(kind) * len(documents) / count)
@@ -168,7 +166,7 @@ def evaluate(models, run):
     ranks = [log_likelihood(model, [shapes.reasoning(*fact, relation) for fact in zip(scenes, flips)], tokenizer)[0]
              for relation in shapes.INVERSE]
     chosen = [list(shapes.INVERSE)[i] for i in torch.stack(ranks).argmax(0).tolist()]
-    table["text_acc"] = accuracy(chosen, [shapes.answer(*fact) for fact in zip(scenes, flips)]), "chance 0.25"
+    table["text_acc"] = accuracy(chosen, list(map(shapes.answer, scenes, flips))), "chance 0.25"
     table["caption_acc"] = accuracy(map(shapes.parse, say(models, pictures, run)), scenes), "ceiling 1"
 
     true, other = np.stack(pictures), np.stack([shapes.render(scene, rng) for scene in scenes])
@@ -232,9 +230,9 @@ def load_run(folder, device):
 
 
 def report(folder, step, losses, models, run):
-    """An evaluation on the validation split while training: a row of log.csv and a row of progress.png."""
+    """While training, on the validation split: a row of log.csv and a row of progress.png."""
     torch.manual_seed(run.seed)  # the same noise every time, so that a column shows one drawing becoming clear
-    scenes, captions, pictures = zip(*examples("val", 64, run.seed))
+    scenes, captions, pictures = zip(*examples("val", 32, run.seed))
     drawn, (loss_lm, loss_ddpm) = draw(models, captions, run, run.cfg_scale), np.mean(losses, axis=0)
     row = {"step": step, "loss_lm": f"{loss_lm:.4f}", "loss_ddpm": f"{loss_ddpm:.4f}",
            "val_draw_acc": accuracy(map(shapes.read, drawn), scenes),
@@ -253,8 +251,8 @@ def report(folder, step, losses, models, run):
 def draw_figure(drawn, held_out, tokenizer):
     """The attention mask of a short document, and drawings above the held-out captions that they were drawn from."""
     tokens, image_id = pack([["a red circle.", None]], tokenizer, n_patches=4)
-    names = [MARKS[i] if i < N_SPECIAL else tokenizer.decode([i]) for i in tokens[0]]
-    names = [name if k < 0 else "patch" for name, k in zip(names, image_id[0])]
+    names = ["patch" if k >= 0 else MARKS[i] if i < N_SPECIAL else tokenizer.decode([i])
+             for i, k in zip(tokens[0], image_id[0])]
     mask = dense_mask(mixed_mask(image_id), torch.arange(len(names))[None], len(names))[0, 0]
     right = [shapes.read(picture) == scene for picture, (scene, _, _) in zip(drawn, held_out)]
     return canvas.beside(canvas.mask_picture(mask, names, image_id[0] >= 0),
@@ -299,8 +297,6 @@ def main(argv=None):
                 optimizer.load_state_dict(state)
         else:
             ema = copy.deepcopy(model).requires_grad_(False)
-        for block in model.blocks if run.compile else []:
-            block.compile()
 
         def save(step):
             write_whole(folder / "ckpt.pt", lambda path: torch.save({
@@ -343,13 +339,12 @@ def main(argv=None):
     table, drawn = evaluate((ema, vae, tokenizer), run)
     print(f"\n{run.eval_n} held-out examples, seed {run.seed}, {run.sample_steps} {run.sampler} steps",
           *(f"{name:16} {value:8.4f}   {beside}" for name, (value, beside) in table.items()), sep="\n")
-    figure = draw_figure(drawn[:15], examples("test", 15, run.seed + 1), tokenizer)
+    figure = draw_figure(drawn[:18], examples("test", run.eval_n, run.seed + 1)[:18], tokenizer)
     write_whole(folder / "figure.png", lambda path: figure.save(path, "PNG"))
-    minutes = (time.time() - started) / 60
-    metrics = {"scores": table, "minutes": minutes, "device": str(device), "cores": os.cpu_count(),
+    metrics = {"scores": table, "minutes": (time.time() - started) / 60, "device": str(device), "cores": os.cpu_count(),
                "torch": torch.__version__, "cfg": asdict(cfg), "run": asdict(run)}
     write_whole(folder / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
-    print(f"\nIn {folder}: figure.png, progress.png, log.csv, metrics.json, ckpt.pt. {minutes:.1f} minutes.")
+    print(f"\nfigure.png, progress.png, log.csv and metrics.json are in {folder}. {metrics['minutes']:.1f} minutes.")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     scene --render--> image      scene --describe--> caption
     scene <--read---- image      scene <--parse----- caption
 
-`read` and `parse` score both directions of a model without a judge: a drawing is right when what is read off it is
-the scene that its caption tells. Nothing is downloaded, and a seed gives the same data on every machine.
+So both directions of a model are scored without a judge: a drawing is right when what is read off it is the scene that
+its caption tells. Nothing is downloaded, and a seed gives the same data on every machine.
 """
 
 import math
@@ -114,8 +114,8 @@ def render(scene, rng):
     return np.array(image)
 
 
-def jitter(rng, most):
-    return int(rng.random() * (2 * most + 1)) - most  # random() is the one method whose stream Python promises to keep
+def jitter(rng, most):  # random() is the one method whose stream Python promises to keep
+    return int(rng.random() * (2 * most + 1)) - most
 
 
 def read(image, tolerance=0.15):
@@ -135,12 +135,9 @@ def read(image, tolerance=0.15):
         return None
     if len(found) == 1:
         return Scene(found[0][0])
-    (a, ax, ay), (b, bx, by) = found
-    if abs(bx - ax) >= abs(by - ay):
-        scene = Scene(a, "left of", b) if ax < bx else Scene(b, "left of", a)
-    else:
-        scene = Scene(a, "above", b) if ay < by else Scene(b, "above", a)
-    return scene if a != b else None
+    across = abs(found[0][1] - found[1][1]) >= abs(found[0][2] - found[1][2])
+    (first, *_), (second, *_) = sorted(found, key=lambda match: match[1 if across else 2])
+    return Scene(first, "left of" if across else "above", second) if first != second else None
 
 
 MASKS = {shape: np.float32(SPRITES[shape]) / 255 for shape in SHAPES}
