@@ -225,8 +225,9 @@ def x0_and_eps(pred, xt, t, target):
         return x0, pred
     if target == "x0":
         return pred, (xt - a * pred) / s
-    # v = a eps - s x0 with a^2 + s^2 = 1, and the straight path's eps - x0 with a + s = 1, invert alike
-    return (a * xt - s * pred, s * xt + a * pred) if target == "v" else (xt - s * pred, xt + a * pred)
+    if target == "v":  # a * eps - s * x0, and a^2 + s^2 = 1
+        return a * xt - s * pred, s * xt + a * pred
+    return xt - s * pred, xt + a * pred  # flow: eps - x0, and a + s = 1
 
 
 def p_sample(xt, pred, t, t_next, target, sampler):
