@@ -220,8 +220,9 @@ def x0_and_eps(pred, xt, t, target):
     """Solve the prediction and x_t = a * x0 + s * eps for x0 and eps."""
     a, s = signal_noise(t[..., None, None, None], target)
     if target == "eps":
-        # At t = 1 nothing of x0 is left to divide by; latents have unit variance, so 5 is a generous bound.
-        x0 = ((xt - s * pred) / a.clamp(min=1e-4)).clamp(-5, 5)
+        # Near t = 1 hardly anything of x0 is left, and dividing by a would only magnify the error of pred: there the
+        # best guess is the mean of the latents, 0. They have unit variance, so 5 is a generous bound for the rest.
+        x0 = ((xt - s * pred) / a.clamp(min=0.01) * (a > 0.01)).clamp(-5, 5)
         return x0, pred
     if target == "x0":
         return pred, (xt - a * pred) / s
@@ -233,14 +234,14 @@ def x0_and_eps(pred, xt, t, target):
 def p_sample(xt, pred, t, t_next, target, sampler):
     """One denoising step, from time t to t_next < t.
 
-    Both go to the predicted x0 and add noise for t_next. "ddim" takes the predicted noise, all of it. "ddpm", the
-    paper's ancestral sampler, takes fresh noise for as much of it as the Markov chain adds between t_next and t.
+    Both go to the predicted x0 and add noise for t_next. "ddim" takes the predicted noise for all of it; "ddpm", the
+    paper's ancestral sampler, replaces some by fresh noise: the variance of DDPM's posterior q(x_t_next | x_t, x0).
     """
     x0, eps = x0_and_eps(pred, xt, t, target)
     a, s = signal_noise(t[..., None, None, None], target)
     a_next, s_next = signal_noise(t_next[..., None, None, None], target)
     fresh_var = torch.zeros_like(s)
-    if sampler == "ddpm":  # the variance of q(x_t_next | x_t, x0)
+    if sampler == "ddpm":
         fresh_var = (s**2 - (a / a_next * s_next) ** 2).clamp(min=0) * (s_next / s) ** 2
     kept_var = (s_next**2 - fresh_var).clamp(min=0)
     return a_next * x0 + kept_var.sqrt() * eps + fresh_var.sqrt() * torch.randn_like(xt)
@@ -309,9 +310,9 @@ class Block(nn.Module):
 class KVCache:
     """For generation only: the keys and values of every layer, and how many places of each row are there to stay.
 
-    The model writes behind a row's length without moving it; what the caller does not keep, by adding to length, is
-    hidden by causality and overwritten by the next write. So every step of denoising replaces the one before, and rows
-    of different lengths need no bookkeeping.
+    The model writes behind a row's length and does not move it. What its caller wants to keep, it adds to length; the
+    rest is overwritten by the next write, and until then causality hides it. So every step of denoising replaces the
+    one before, and rows of different lengths need no bookkeeping.
     """
 
     def __init__(self, cfg, rows, places, like):
@@ -447,30 +448,31 @@ class Transfusion(nn.Module):
         x = self.norm(x)
         logits = self.lm_head(x)                                               # (B, T, V)
         if not has_images:
-            return logits, latents
+            return logits, latents                                             # None, or empty
         # The same way back: image places first, in their order. Where a row has fewer than K images, text places fill
-        # up; the loss does not look at them.
+        # up, which the loss does not look at. (Some row has all K, so there are at least K * N places.)
         places = is_patch.logical_not().long().argsort(dim=1, stable=True)[:, :patches.shape[1] * patches.shape[2]]
         return logits, self.patch_decoder(take(x, places).unflatten(1, patches.shape[1:3]))
 
     def loss(self, tokens, image_id, latents):
         """The joint loss of a batch of clean latents: (loss, loss_lm, loss_ddpm). Section 3, training objective."""
+        # Two kinds of images are treated apart: those that a text comes before, and those that come before all text.
         k = torch.arange(latents.shape[1], device=tokens.device)[:, None]
         n_before = (tokens >= N_SPECIAL).cumsum(1)                             # (B, T) text tokens up to here
         before, after = n_before > 0, n_before < n_before[:, -1:]
         here = image_id[:, None] == k                                          # (B, K, T) the places of each image
         exists, captioned = here.any(-1), (here & before[:, None]).any(-1)     # (B, K)
-        shown_first = (here & (~before & after)[:, None]).any(-1)              # text comes, but only after the image
+        shown_first = (here & (~before & after)[:, None]).any(-1)              # (B, K)
+        t = sample_t(exists.shape, self.cfg.t_dist, tokens.device)             # (B, K) every image has its own
 
-        # A time for every image. Text sees the images before it as noised as they are, so those that come first of all
-        # are noised at most to noise_cap (table 8 of the paper).
-        t = sample_t(exists.shape, self.cfg.t_dist, tokens.device)
-        t = torch.where(shown_first, t * self.cfg.noise_cap, t)
-
-        # For guidance, some rows go on without their text, and train the images only. It happens after t was drawn, so
-        # that their images too are denoised from pure noise. NOT STATED: how often.
+        # For guidance, some of the rows with a captioned image go on without their text, and train the images only.
+        # NOT STATED: how often.
         drop = captioned.any(1) & (torch.rand(len(tokens), device=tokens.device) < self.cfg.drop_text)
         tokens, image_id = without_text(tokens, image_id, drop)
+
+        # Text sees the images before it as noised as they are. So that there is something to see, images that precede
+        # all text are noised at most to noise_cap (table 8 of the paper).
+        t = torch.where(shown_first & ~drop[:, None], t * self.cfg.noise_cap, t)
 
         eps = torch.randn_like(latents)
         xt = q_sample(latents, eps, t, self.cfg.target)                        # the latents are noised, not the patches
@@ -484,6 +486,7 @@ class Transfusion(nn.Module):
         error, counts = token_losses(logits, tokens, image_id)
         counts = counts & ~drop[:, None]
         loss_lm = (error * counts).sum() / counts.sum().clamp(min=1)
+        # DEVIATION: lambda_ddpm is 1.5, the paper's is 5. @LAMBDA@
         return loss_lm + self.cfg.lambda_ddpm * loss_ddpm, loss_lm, loss_ddpm
 
 
@@ -496,7 +499,8 @@ def generate(model, tokens, image_id, latents, max_length=None, max_images=1, st
     """Go on from prompts until EOS, in one loop of two states. It is the LM head that switches, by saying BOI.
 
     Takes tokens, image_id (as pack makes them with end=False) and clean latents (K may be 0). Returns the same three,
-    with what was written in tokens and image_id, and max_images more slots in latents, zero where nothing was drawn.
+    with what was written in tokens and image_id, and max_images more slots in latents, zero where nothing was drawn
+    (cut off the slots that no row uses before you give them to the model again).
     No row gets longer than max_length (the default has room for 64 tokens and the images) or draws more than
     max_images: there it ends. temperature 0 is greedy, as in the paper; cfg_scale 1 is no guidance. `watch`, if given,
     is called with the three so far (copy what you keep) after every token and every denoising step. Raises ValueError
@@ -516,16 +520,20 @@ def generate(model, tokens, image_id, latents, max_length=None, max_images=1, st
     guided = cfg_scale != 1
 
     def with_twins(x, twins=None):
+        """Rows for the twins added to x, by default the same ones."""
         return torch.cat([x, x if twins is None else twins]) if guided else x
 
     n_text = (tokens >= N_SPECIAL).sum(1)
     null_tokens, null_id = without_text(tokens, image_id, torch.ones_like(n_text, dtype=torch.bool))
-    cache = KVCache(cfg, len(with_twins(tokens)), max_length + n + 1, like=model.lm_head.weight)  # room to overwrite
+    cache = KVCache(cfg, len(with_twins(tokens)), max_length + n + 1, like=model.lm_head.weight)  # + what is not kept
     written = torch.full((B, cache.image_id.shape[1]), PAD, device=device)     # the tokens of the places in the cache
     logits = torch.zeros(B, model.lm_head.out_features, device=device)         # what comes after each row's last place
 
     def append(new_tokens, new_id, n_keep, new_latents=None):
-        """Run new places behind every row, images clean at t = 0, and keep the first n_keep (rows,) of them."""
+        """Run new places behind every row, images clean at t = 0, and keep the first n_keep (rows,) of them.
+
+        Of the real rows, not the twins, the tokens and the logits at the last place kept are remembered.
+        """
         t = None if new_latents is None else torch.zeros(new_latents.shape[:2], device=device)
         out, _ = model(new_tokens, new_id, new_latents, t, cache)
         written.scatter_(1, cache.length[:B, None] + torch.arange(new_tokens.shape[1], device=device), new_tokens[:B])

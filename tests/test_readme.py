@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"python (train|sample)\.py([^\n`&|#)]*)", README)
 FIELDS = [f.name.replace("_", "-") for f in (*fields(Config), *fields(train.Run))]
-OPTIONS = {"train": {"--resume", "--eval-only", "--preset", "--help", *(a + f for f in FIELDS for a in ("--", "--no-"))},
+OPTIONS = {"train": {"--resume", "--eval-only", "--preset", *(a + name for name in FIELDS for a in ("--", "--no-"))},
            "sample": {"--run", "--out", "--steps", "--cfg-scale", "--sampler", "--temperature", "--seed", "--help"}}
 
 
