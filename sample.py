@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.canvas import enlarge, half_blocks
 from train import load_run, pick_device
@@ -41,6 +41,8 @@ def parse_options(argv):
         parser.error(f"--steps must be at least 1, not {args.steps}")
     if args.temperature is not None and args.temperature < 0:
         parser.error(f"--temperature must be 0 or more, not {args.temperature:g}")
+    if Path(args.out).is_file():
+        parser.error(f"--out must be a folder, and {args.out} is a file")
     return args
 
 
@@ -63,11 +65,8 @@ def load_picture(file, size):
         sys.exit(f"There is no picture at {file}.")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, ValueError) as error:
         sys.exit(f"{file} is not a picture that can be read: {error}")
-    white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image).convert("RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return np.array(image.resize((size, size), Image.BOX, (left, top, left + side, top + side)))
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return np.array(ImageOps.fit(image, (size, size), Image.BOX))
 
 
 def as_text(tokens, image_id, tokenizer):
@@ -136,7 +135,7 @@ def main(argv=None):
     scale = saved["run"].cfg_scale if args.cfg_scale is None else args.cfg_scale
     tokens, image_id, _ = generate(model, tokens, image_id, latents, args.max_length, max_images=4, steps=args.steps,
                                    cfg_scale=scale, sampler=args.sampler, temperature=temperature, watch=screen)
-    print("\n" + "\n".join(as_text(t, i, tokenizer) for t, i in zip(tokens[1:], image_id[1:])))
+    print("", *(as_text(t, i, tokenizer) for t, i in zip(tokens[1:], image_id[1:])), sep="\n")
     for row in range(len(tokens)):
         for k in range(given[row], image_id[row].max() + 1):
             frames = vae.decode(screen.frames_of(row, k)).cpu().numpy()

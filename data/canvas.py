@@ -11,8 +11,8 @@ def enlarge(picture, scale=4):
     return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
 
 
-def side_by_side(pictures, scale=4, gap=4):
-    """Pictures in one row. The left edge stays where it is, so that rows can be stacked."""
+def side_by_side(pictures, scale=4):
+    """Pictures in one row."""
     frame = [np.pad(picture, ((0, 1), (0, 1), (0, 0)), constant_values=255) for picture in pictures]
     return enlarge(np.concatenate(frame, axis=1), scale)
 

@@ -178,7 +178,8 @@ def test_sample_says_in_one_sentence_what_is_wrong(trained, tmp_path, capsys):
         assert name in complaint(sample.main, f"a <{tmp_path / name}>", "--run", trained[0])
     assert "no checkpoint" in complaint(sample.main, "a", "--run", tmp_path)
     assert "--max-length" in complaint(sample.main, "x" * 300, "--run", trained[0])
-    for option, value in (("--steps", "0"), ("--temperature", "-1"), ("--sampler", "euler")):
+    wrong = {"--steps": "0", "--temperature": "-1", "--sampler": "euler", "--out": str(tmp_path / "text.png")}
+    for option, value in wrong.items():
         with pytest.raises(SystemExit, match="2"):
             sample.main(["a", option, value])
         assert option in capsys.readouterr().err
