@@ -13,8 +13,8 @@ from transfusion import Config
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"python (train|sample)\.py([^\n`&|#)]*)", README)
-FIELDS = [f.name.replace("_", "-") for f in (*fields(Config), *fields(train.Run))]
-OPTIONS = {"train": {"--resume", "--eval-only", "--preset", *(a + name for name in FIELDS for a in ("--", "--no-"))},
+FIELDS = [start + f.name.replace("_", "-") for f in (*fields(Config), *fields(train.Run)) for start in ("--", "--no-")]
+OPTIONS = {"train": {"--help", "--resume", "--eval-only", "--preset", *FIELDS},
            "sample": {"--run", "--out", "--steps", "--cfg-scale", "--sampler", "--temperature", "--seed", "--help"}}
 
 
