@@ -143,6 +143,16 @@ def test_ddim_is_deterministic_and_ddpm_is_not():
     assert once[0].equal(again[0]) and not once[1].equal(again[1])
 
 
+def test_the_ancestral_sampler_has_ddpms_posterior_variance():
+    """Any variance keeps a Gaussian's marginals, so it is checked by itself: beta_t (1 - abar_next) / (1 - abar_t)."""
+    torch.manual_seed(0)
+    x, t, t_next = torch.full((20_000, 1, 1, 1, 1), 0.4), torch.tensor(0.6), torch.tensor(0.5)
+    drawn = p_sample(x, torch.full_like(x, 0.2), t, t_next, "v", "ddpm")
+    abar, abar_next = (math.cos(time.item() * math.pi / 2) ** 2 for time in (t, t_next))
+    expected = (1 - abar / abar_next) * (1 - abar_next) / (1 - abar)
+    assert drawn.var().item() == pytest.approx(expected, rel=0.05)
+
+
 # ---- Who sees what ---------------------------------------------------------------------------------------------------
 
 def test_every_place_depends_on_exactly_what_the_mask_lets_it_see():
@@ -353,6 +363,24 @@ def test_generation_with_the_cache_equals_generation_without(sampler, cfg_scale)
         torch.testing.assert_close(fast[2][:, :n], slow[2], atol=2e-3, rtol=2e-3)
         drawn += n - 1
     assert drawn >= 3, "the test has to see the switch"
+
+
+def test_what_stays_in_the_cache_is_the_finished_image_seen_clean():
+    """The logits of the text after a drawn image equal those of one pass over the whole, images clean at t = 0."""
+    model, recorded = tiny(seed=3), []
+    forward = model.forward
+
+    def spy(tokens, *args):
+        recorded.append(forward(tokens, *args))
+        return recorded[-1]
+    model.forward = spy
+    prompt = torch.tensor([[BOS, *Tokenizer(WORDS).encode("a red"), BOI]])
+    torch.manual_seed(3)
+    tokens, image_id, latents = generate(model, prompt, torch.full_like(prompt, -1), torch.zeros(1, 0, 4, 8, 8),
+                                         max_length=30, steps=3, cfg_scale=1, temperature=1.0)
+    assert (image_id >= 0).sum() == model.cfg.n_patches and image_id[0, -1] == -1 and tokens.shape[1] > 22
+    whole, _ = forward(tokens, image_id, latents, torch.zeros(1, 1))
+    torch.testing.assert_close(recorded[-1][0][:, -1], whole[:, -1], atol=1e-3, rtol=1e-3)
 
 
 def test_rows_of_a_batch_do_not_disturb_each_other(monkeypatch):
