@@ -1,6 +1,11 @@
-"""Train Transfusion on the toy world: `python train.py`. First the VAE, then the model, then the scores.
+"""Train Transfusion on the toy world. First the VAE, then the model, then the scores.
 
-Everything is written to runs/shapes (or --run): ckpt.pt, log.csv, progress.png (a row of drawings for every
+    python train.py                                    the default, to runs/shapes
+    python train.py --model chameleon                  the baseline with discrete images, to runs/chameleon
+    python train.py --task text                        the same documents without their pictures, to runs/text
+    python train.py --init runs/shapes --task edit     teach a finished run to edit pictures, to runs/edit
+
+Everything is written to that folder (or --run): ckpt.pt, log.csv, progress.png (a row of drawings for every
 evaluation), figure.png (the mask, and what was drawn for held-out captions), metrics.json. Ctrl-C saves, and --resume
 goes on as if nothing had happened.
 """
@@ -9,7 +14,6 @@ import copy
 import json
 import math
 import os
-import random
 import signal
 import sys
 import time
@@ -24,17 +28,27 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import canvas, shapes
-from data.scores import accuracy, examples, frechet
-from transfusion import (BOI, EOS, MARKS, N_SPECIAL, PRESETS, VAE, Config, Tokenizer, Transfusion, dense_mask, generate,
-                         make_batch, mixed_mask, option, pack, token_losses)
+from data.documents import WORDS, documents, edit_examples, examples
+from data.scores import accuracy, evaluate
+from transfusion import (BOI, EOS, MARKS, N_SPECIAL, PAD, PRESETS, Config, Tokenizer, codes_of, dense_mask, generate,
+                         make_batch, make_models, mixed_mask, option, pack, token_losses)
+
+DEFAULTS = {  # of a run, where they are not those below
+    "text": {"steps": 1900},
+    "edit": {"documents": 16384, "caption_first": 0.5, "steps": 800, "lr": 2e-3},
+    "chameleon": {"vae_steps": 1500},
+}
 
 
 @dataclass
 class Run:
-    run: str = option("runs/shapes", "folder for everything the run writes")
+    run: str = option("runs/shapes", "folder for everything the run writes; also runs/text, runs/edit, runs/chameleon")
+    task: str = option("shapes", "what to train on; text and edit have other defaults", ("shapes", "text", "edit"))
+    init: str = option("", "folder of a finished run to start from")
     seed: int = option(0, "seed of the data, the weights and the noise")
     device: str = option("auto", "cpu, cuda or mps; auto takes what is there")
     documents: int = option(32768, "training documents, drawn before the training starts")
+    caption_first: float = option(0.8, "share of the pairs in which the caption comes first, as in the paper")
     vae_steps: int = option(500, "training steps of the VAE, 64 pictures each")
     steps: int = option(1600, "training steps of the model")
     batch_size: int = option(64, "documents a step")
@@ -54,6 +68,8 @@ class Run:
         for f in fields(self):
             if f.type is int and f.name != "seed" and getattr(self, f.name) < 1:
                 raise ValueError(f"{f.name} must be at least 1, not {getattr(self, f.name)}")
+        if not 0 < self.caption_first <= 1:
+            raise ValueError(f"caption_first must be more than 0 and at most 1, not {self.caption_first}")
 
 
 # ---- Optimiser -------------------------------------------------------------------------------------------------------
@@ -102,10 +118,10 @@ def learning_rate(run, step):
     return run.lr * min((step + 1) / run.warmup, 0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def train_vae(cfg, run, pictures, device):  # uint8 (N, H, W, 3)
-    vae = VAE(cfg).to(device)
+def train_vae(vae, run, pictures):
+    pictures = torch.from_numpy(np.stack(pictures or [np.zeros((32, 32, 3), np.uint8)]))  # a text-only run has none
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.95), weight_decay=0)
-    bar = tqdm(range(run.vae_steps), "VAE  ", disable=None)
+    bar = tqdm(range(run.vae_steps if run.task != "text" else 0), "VAE  ", disable=None)
     for step in bar:
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 30) * (1 - step / run.vae_steps)
         loss = vae.loss(pictures[torch.randint(len(pictures), (64,))])
@@ -114,68 +130,48 @@ def train_vae(cfg, run, pictures, device):  # uint8 (N, H, W, 3)
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.4f}")
     vae.calibrate(pictures[:1000])
-    return vae.requires_grad_(False)
+    vae.requires_grad_(False).eval()
 
 
-# ---- Scores ----------------------------------------------------------------------------------------------------------
+# ---- What is scored --------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def log_likelihood(model, texts, tokenizer, then=EOS):
-    """log P and number of tokens of each text and the mark that follows it, both (B,)."""
-    tokens, image_id = pack([[text] for text in texts], tokenizer, model.cfg.n_patches)
-    tokens, image_id = tokens.masked_fill(tokens == EOS, then).to(model.device), image_id.to(model.device)
-    error, counts = token_losses(model(tokens[:, :-1], image_id[:, :-1])[0], tokens, image_id)
-    return -(error * counts).sum(1), counts.sum(1)
+class Trained:
+    """A trained model as the scores and the reports see it: sentences and uint8 (N, H, W, 3) pictures, no tensors."""
 
+    def __init__(self, model, vae, tokenizer, run):
+        self.model, self.vae, self.tokenizer, self.run = model, vae, tokenizer, run
 
-def go_on(models, prompts, run, **options):
-    """Complete prompts, 128 at a time: what was written (a list of str), and the last image's latents of each."""
-    (model, vae, tokenizer), texts, latents = models, [], []
-    for i in range(0, len(prompts), 128):
-        batch = make_batch(prompts[i:i + 128], vae, tokenizer, model.cfg, end=False)
-        tokens, _, images = generate(model, *batch, steps=run.sample_steps, sampler=run.sampler, **options)
-        texts += [tokenizer.decode(row) for row in tokens.tolist()]
-        latents.append(images[:, -1])
-    return texts, torch.cat(latents)
+    @torch.no_grad()
+    def log_likelihood(self, texts, drawn):
+        """log P and number of tokens of each text with the mark behind it: BOI if something is drawn, else EOS."""
+        tokens, image_id = pack([[text] for text in texts], self.tokenizer, self.model.cfg.n_patches)
+        tokens = tokens.masked_fill(tokens == EOS, BOI if drawn else EOS).to(self.model.device)
+        image_id = image_id.to(self.model.device)
+        error, counts = token_losses(self.model(tokens[:, :-1], image_id[:, :-1])[0], tokens, image_id)
+        return -(error * counts).sum(1).cpu().numpy(), counts.sum(1).cpu().numpy()
 
+    def go_on(self, prompts, **options):
+        """Complete prompts, 128 at a time: what was written (a list of str), and the last image's latents of each."""
+        texts, latents = [], []
+        for i in range(0, len(prompts), 128):
+            batch = make_batch(prompts[i:i + 128], self.vae, self.tokenizer, self.model.cfg, end=False)
+            tokens, _, images = generate(self.model, *batch, steps=self.run.sample_steps, sampler=self.run.sampler,
+                                         **options)
+            texts += [self.tokenizer.decode(row) for row in tokens.tolist()]
+            latents.append(images[:, -1])
+        return texts, torch.cat(latents)
 
-def draw(models, captions, run, cfg_scale):
-    """Pictures (B, 32, 32, 3) for captions. Where the model does not choose to draw, latents stay 0: no scene."""
-    return models[1].decode(go_on(models, [[c] for c in captions], run, cfg_scale=cfg_scale)[1]).cpu().numpy()
+    def draw(self, prompts, cfg_scale):
+        """The next picture of each prompt. Where the model does not choose to draw, latents stay 0: no scene."""
+        return self.vae.decode(self.go_on(prompts, cfg_scale=cfg_scale)[1]).cpu().numpy()
 
+    def say(self, pictures):
+        return self.go_on([[picture] for picture in pictures], cfg_scale=1, max_images=0)[0]
 
-def say(models, pictures, run):
-    return go_on(models, [[picture] for picture in pictures], run, cfg_scale=1, max_images=0)[0]
-
-
-def evaluate(models, run):
-    """The score table on held-out facts, {score: (value, what to compare it with)}, and the drawings behind it."""
-    model, vae, tokenizer = models
-    torch.manual_seed(run.seed)
-    scenes, captions, pictures = zip(*examples("test", run.eval_n, run.seed + 1))
-    rng, table = random.Random(run.seed + 1), {}
-    flips = [rng.random() < 0.5 for _ in scenes]
-    texts = list(map(shapes.reasoning, scenes, flips))
-    for kind, documents, then in (("text", texts, EOS), ("caption", captions, BOI)):
-        log_p, count = (x.sum().item() for x in log_likelihood(model, documents, tokenizer, then))
-        floor = math.exp(shapes.entropy(kind) * len(documents) / count)
-        table[f"{kind}_ppl"] = math.exp(-log_p / count), f"floor {floor:.4f}: the grammar's own"
-    ranks = [log_likelihood(model, [shapes.reasoning(*fact, relation) for fact in zip(scenes, flips)], tokenizer)[0]
-             for relation in shapes.INVERSE]
-    chosen = [list(shapes.INVERSE)[i] for i in torch.stack(ranks).argmax(0).tolist()]
-    table["text_acc"] = accuracy(chosen, list(map(shapes.answer, scenes, flips))), "chance 0.25"
-    table["caption_acc"] = accuracy(map(shapes.parse, say(models, pictures, run)), scenes), "ceiling 1"
-
-    true, other = np.stack(pictures), np.stack([shapes.render(scene, rng) for scene in scenes])
-    again = vae.decode(vae.encode(torch.from_numpy(true))).cpu().numpy()
-    ceiling = "ceiling {:.4f}: VAE, {:.4f}: true pictures".format(
-        *(accuracy(map(shapes.read, x), scenes) for x in (again, true)))
-    floor = f"floor {frechet(other, true):.4f}: true against true, {frechet(again, true):.4f}: VAE"
-    drawn = {scale: draw(models, captions, run, scale) for scale in sorted({1.0, 2.0, 4.0, run.cfg_scale})}
-    for scale, drawings in drawn.items():
-        table[f"draw_acc cfg {scale:g}"] = accuracy(map(shapes.read, drawings), scenes), ceiling
-        table[f"frechet cfg {scale:g}"] = frechet(drawings, true), floor
-    return table, drawn[run.cfg_scale]
+    def reconstruct(self, pictures):
+        latents, cfg = self.vae.encode(torch.from_numpy(pictures)), self.model.cfg
+        codes = codes_of(latents[None], cfg.code_levels).cpu().numpy() if cfg.model == "chameleon" else None
+        return self.vae.decode(latents).cpu().numpy(), codes
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
@@ -216,42 +212,47 @@ def load_run(folder, device):
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         saved["cfg"], saved["run"], tokenizer = Config(**saved["cfg"]), Run(**saved["run"]), Tokenizer(saved["words"])
-        model, vae = Transfusion(saved["cfg"], len(tokenizer)).to(device), VAE(saved["cfg"]).to(device)
+        model, vae = (part.to(device) for part in make_models(saved["cfg"], len(tokenizer)))
         model.load_state_dict(saved["ema"])
         vae.load_state_dict(saved["vae"])
     except Exception as error:
         sys.exit(f"{path} is not a checkpoint that this version can read ({type(error).__name__}).")
-    return saved, (model.requires_grad_(False), vae.requires_grad_(False), tokenizer)
+    return saved, (model.requires_grad_(False), vae.requires_grad_(False).eval(), tokenizer)
 
 
-def report(folder, step, losses, models, run):
+def report(folder, step, losses, trained, run):
     """While training, on the validation split: a row of log.csv and a row of progress.png."""
     torch.manual_seed(run.seed)  # the same noise every time, so that a column shows one drawing becoming clear
-    scenes, captions, pictures = zip(*examples("val", 32, run.seed))
-    drawn, (loss_lm, loss_ddpm) = draw(models, captions, run, run.cfg_scale), np.mean(losses, axis=0)
-    row = {"step": step, "loss_lm": f"{loss_lm:.4f}", "loss_ddpm": f"{loss_ddpm:.4f}",
-           "val_draw_acc": accuracy(map(shapes.read, drawn), scenes),
-           "val_caption_acc": accuracy(map(shapes.parse, say(models, pictures, run)), scenes)}
+    loss_text, loss_image = np.mean(losses, axis=0)
+    row = {"step": step, "loss_text": f"{loss_text:.4f}", "loss_image": f"{loss_image:.4f}"}
+    if run.task != "text":
+        scenes, captions, pictures = zip(*examples("val", 32, run.seed))
+        drawn = trained.draw([[caption] for caption in captions], run.cfg_scale)
+        row["val_draw_acc"] = accuracy(map(shapes.read, drawn), scenes)
+        row["val_caption_acc"] = accuracy(map(shapes.parse, trained.say(pictures)), scenes)
+        if run.task == "edit":
+            _, after, before, instructions, _ = zip(*edit_examples("val", 32, run.seed))
+            drawn = trained.draw(list(map(list, zip(before, instructions))), run.cfg_scale)
+            row["val_edit_acc"] = accuracy(map(shapes.read, drawn), after)
+        progress, picture = folder / "progress.png", canvas.side_by_side(drawn[:12])
+        if progress.exists():
+            picture = canvas.stack(Image.open(progress).convert("RGB"), picture)
+        write_whole(progress, lambda path: picture.save(path, "PNG"))
     with open(folder / "log.csv", "a") as file:
         if file.tell() == 0:
             print(*row, sep=",", file=file)
         print(*row.values(), sep=",", file=file)
-    progress, picture = folder / "progress.png", canvas.side_by_side(drawn[:12])
-    if progress.exists():
-        picture = canvas.stack(Image.open(progress).convert("RGB"), picture)
-    write_whole(progress, lambda path: picture.save(path, "PNG"))
     tqdm.write("  ".join(f"{name} {value}" for name, value in row.items()))
 
 
-def draw_figure(drawn, held_out, tokenizer):
-    """The attention mask of a short document, and drawings above the held-out captions that they were drawn from."""
+def draw_figure(shown, cfg, tokenizer):
+    """The attention mask of a short document, and what was drawn for held-out prompts."""
     tokens, image_id = pack([["a red circle.", None]], tokenizer, n_patches=4)
     names = ["patch" if k >= 0 else MARKS[i] if i < N_SPECIAL else tokenizer.decode([i])
              for i, k in zip(tokens[0], image_id[0])]
-    mask = dense_mask(mixed_mask(image_id), torch.arange(len(names))[None], len(names))[0, 0]
-    right = [shapes.read(picture) == scene for picture, (scene, _, _) in zip(drawn, held_out)]
-    return canvas.beside(canvas.mask_picture(mask, names, image_id[0] >= 0),
-                         canvas.captioned_grid(drawn, [caption for _, caption, _ in held_out], right))
+    mask = dense_mask(mixed_mask(image_id, cfg.bidirectional), torch.arange(len(names))[None], len(names))[0, 0]
+    mask = canvas.mask_picture(mask, names, image_id[0] >= 0)
+    return canvas.beside(mask, canvas.captioned_grid(*(part[:18] for part in shown))) if shown else mask
 
 
 def main(argv=None):
@@ -259,44 +260,52 @@ def main(argv=None):
     preset, resume, eval_only = (given.pop(name, None) for name in ("preset", "resume", "eval_only"))
     for_model = {name: given.pop(name) for name in list(given) if name in Config.__dataclass_fields__}
     try:
-        run, cfg = Run(**given), replace(PRESETS[preset or "laptop"], **for_model)
+        cfg = replace(PRESETS[preset or "laptop"], **for_model)
+        name = "chameleon" if cfg.model == "chameleon" else given.get("task", "shapes")
+        run = Run(**{"run": f"runs/{name}", **DEFAULTS.get(name, {}), **given})
     except ValueError as error:
         sys.exit(f"These options do not work: {error}.")
     device, folder, saved, started = pick_device(run.device), Path(run.run), None, time.time()
+    old = folder if resume or eval_only else run.init
+    if old and (preset or for_model):
+        sys.exit("A checkpoint has its own model: its options cannot be given with --resume, --eval-only or --init.")
 
     # Begin, or go on from a checkpoint.
+    if old:
+        saved, (ema, vae, tokenizer) = load_run(old, device)
+        cfg = saved["cfg"]
     if resume or eval_only:
-        if preset or for_model:
-            sys.exit("A checkpoint has its own model: its options cannot be given with --resume or --eval-only.")
-        saved, (ema, vae, tokenizer) = load_run(folder, device)
-        cfg, run = saved["cfg"], replace(saved["run"], **given)
+        run = replace(saved["run"], **given)
     else:
-        tokenizer = Tokenizer(shapes.WORDS)
         if folder.exists():  # keep an earlier run under another name
             folder.rename(next(p for i in count(1) if not (p := folder.with_name(f"{folder.name}.{i}")).exists()))
         folder.mkdir(parents=True)
 
     if not eval_only:
         torch.manual_seed(run.seed)
-        documents = shapes.documents(run.documents, run.seed)
+        data = documents(run.task, run.documents, run.seed, run.caption_first)
         if not saved:
-            pictures = [part for document in documents for part in document if not isinstance(part, str)]
-            vae = train_vae(cfg, run, torch.from_numpy(np.stack(pictures)), device)
-        tokens, image_id, latents = make_batch(documents, vae, tokenizer, cfg)
-        model = Transfusion(cfg, len(tokenizer)).to(device)
+            tokenizer = Tokenizer(WORDS)
+            ema, vae = (part.to(device) for part in make_models(cfg, len(tokenizer)))
+            train_vae(vae, run, [part for document in data for part in document if not isinstance(part, str)])
+        tokens, image_id, latents = make_batch(data, vae, tokenizer, cfg)
+        model = copy.deepcopy(ema).requires_grad_(True)
+        # FLOPs as the paper counts them, 6 N D: N parameters without the embedding, D places without padding.
+        n_params = sum(p.numel() for p in model.parameters()) - model.token_embedding.weight.numel()
+        places = ((tokens != PAD) | (image_id >= 0)).sum().item() / len(tokens)
+        flops = 6 * n_params * places * run.batch_size * run.steps
+        ema.requires_grad_(False)
         optimizers, first, losses = make_optimizers(model, run), 0, []
-        if saved:
+        if resume:
             model.load_state_dict(saved["model"])
             first, losses = saved["step"], saved["losses"]
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-        else:
-            ema = copy.deepcopy(model).requires_grad_(False)
 
         def save(step):
             write_whole(folder / "ckpt.pt", lambda path: torch.save({
                 "cfg": asdict(cfg), "run": asdict(run), "words": tokenizer.words, "step": step, "losses": losses,
-                "vae": vae.state_dict(), "model": model.state_dict(), "ema": ema.state_dict(),
+                "flops": flops, "vae": vae.state_dict(), "model": model.state_dict(), "ema": ema.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, path))
 
         stop = []  # Ctrl-C lets the step finish first
@@ -322,7 +331,7 @@ def main(argv=None):
 
             evaluated = (step + 1) % run.eval_every == 0 or step + 1 == run.steps
             if evaluated:
-                report(folder, step + 1, losses, (ema, vae, tokenizer), run)
+                report(folder, step + 1, losses, Trained(ema, vae, tokenizer, run), run)
                 losses.clear()
             if evaluated or stop:
                 save(step + 1)
@@ -331,15 +340,20 @@ def main(argv=None):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     # The scores on held-out facts, and a picture to go with them.
-    table, drawn = evaluate((ema, vae, tokenizer), run)
+    torch.manual_seed(run.seed)
+    table, shown = evaluate(Trained(ema, vae, tokenizer, run), run.task, run.eval_n, run.seed + 1, run.caption_first,
+                            run.cfg_scale)
     print(f"\n{run.eval_n} held-out examples, seed {run.seed}, {run.sample_steps} {run.sampler} steps",
           *(f"{name:16} {value:8.4f}   {beside}" for name, (value, beside) in table.items()), sep="\n")
-    figure = draw_figure(drawn[:18], examples("test", run.eval_n, run.seed + 1)[:18], tokenizer)
+    figure = draw_figure(shown, ema.cfg, tokenizer)
     write_whole(folder / "figure.png", lambda path: figure.save(path, "PNG"))
-    metrics = {"scores": table, "minutes": (time.time() - started) / 60, "device": str(device), "cores": os.cpu_count(),
-               "torch": torch.__version__, "cfg": asdict(cfg), "run": asdict(run)}
+    metrics = {"scores": table, "minutes": (time.time() - started) / 60,
+               "flops": saved["flops"] if eval_only else flops,
+               "device": str(device), "cores": os.cpu_count(), "torch": torch.__version__, "cfg": asdict(cfg),
+               "run": asdict(run)}
     write_whole(folder / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
-    print(f"\nfigure.png, progress.png, log.csv and metrics.json are in {folder}. {metrics['minutes']:.1f} minutes.")
+    print(f"\nfigure.png, progress.png, log.csv and metrics.json are in {folder}. {metrics['minutes']:.1f} minutes, "
+          f"{metrics['flops']:.2g} FLOPs.")
 
 
 if __name__ == "__main__":

@@ -45,12 +45,16 @@ def option(default, help, choices=None):
 
 @dataclass
 class Config:
+    model: str = option("transfusion", "chameleon is the baseline, with discrete images", ("transfusion", "chameleon"))
     dim: int = option(128, "width of the transformer")
     n_layers: int = option(6, "number of transformer blocks")
     n_heads: int = option(4, "attention heads a block")
-    qk_norm: bool = option(False, "normalise queries and keys, as the Chameleon baseline does")
+    qk_norm: bool = option(False, "normalise queries and keys; Chameleon always does")
+    bidirectional: bool = option(True, "the patches of an image see each other; off: causal attention everywhere")
     target: str = option("v", "what the diffusion head predicts; the paper's is eps", ("eps", "v", "x0", "flow"))
     t_dist: str = option("logit_normal", "distribution of t in training", ("uniform", "logit_normal"))
+    patch_encoder: str = option("linear", "between latents and transformer: linear or U-Net", ("linear", "unet"))
+    unet_dim: int = option(32, "channels of the U-Net at full size, doubled with every halving")
     patch_position: bool = option(True, "add a learned embedding of its place in the picture to every patch")
     lambda_ddpm: float = option(1.5, "weight of the diffusion loss beside the language loss; the paper's is 5")
     noise_cap: float = option(0.5, "largest t of an image whose text comes only after it; 1 is off")
@@ -61,6 +65,9 @@ class Config:
     patch_size: int = option(2, "latents a side of one patch, which is one place of the sequence")
     vae_dim: int = option(24, "channels of the VAE at half the image's size")
     vae_kl: float = option(1e-3, "weight of the VAE's KL loss")
+    code_dim: int = option(4, "Chameleon: numbers of a code, the channels of its discrete latents")
+    code_levels: int = option(5, "Chameleon: values of each of these numbers; there are code_levels ** code_dim codes")
+    z_loss: float = option(1e-5, "Chameleon: weight of log^2 Z, Z the sum of a softmax")
 
     def __post_init__(self):
         if self.dim % (2 * self.n_heads):
@@ -80,6 +87,13 @@ class Config:
     @property
     def patch_dim(self):
         return self.latent_channels * self.patch_size**2
+
+    @property
+    def latent_shape(self):
+        """(C, H, W) of an image for the model. Chameleon has one code where Transfusion has one patch."""
+        if self.model == "chameleon":
+            return self.code_dim, self.latent_size // self.patch_size, self.latent_size // self.patch_size
+        return self.latent_channels, self.latent_size, self.latent_size
 
 
 LAPTOP = Config()
@@ -161,7 +175,13 @@ def without_text(tokens, image_id, rows):
     return tokens.masked_fill(gone, PAD).gather(1, order), image_id.gather(1, order)
 
 
-def mixed_mask(image_id):
+def rows_to_drop(tokens, share):
+    """Which rows (B,) train without their text: the given share of those in which text comes before an image."""
+    captioned = ((tokens == BOI) & ((tokens >= N_SPECIAL).cumsum(1) > 0)).any(1)
+    return captioned & (torch.rand(len(tokens), device=tokens.device) < share)
+
+
+def mixed_mask(image_id, bidirectional=True):
     """Section 3, "Transfusion attention", as a predicate: may the query at place q see the key at place kv?
 
     Row b, head h (all heads share the mask). This signature is the one that FlexAttention takes; below, dense_mask
@@ -169,7 +189,7 @@ def mixed_mask(image_id):
     """
     def may_see(b, h, q, kv):
         same_image = (image_id[b, q] == image_id[b, kv]) & (image_id[b, q] >= 0)
-        return (kv <= q) | same_image
+        return (kv <= q) | same_image if bidirectional else kv <= q
     return may_see
 
 
@@ -363,7 +383,10 @@ class TimeEmbedding(nn.Module):
 
 
 class LinearPatchEncoder(nn.Module):
-    """Section 3: the embedding of t is added to every patch vector, then one linear layer. This is where t enters."""
+    """Section 3: the embedding of t is added to every patch vector, then one linear layer. This is where t enters.
+
+    Returns the patch vectors and, like every patch encoder, what its decoder needs besides: here nothing.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -373,7 +396,7 @@ class LinearPatchEncoder(nn.Module):
 
     def forward(self, latents, t):
         x = patchify(latents, self.patch_size) + self.time(t)[..., None, :]    # (B, K, N, P)
-        return self.linear(x)                                                  # (B, K, N, D)
+        return self.linear(x), None                                            # (B, K, N, D)
 
 
 class LinearPatchDecoder(nn.Module):
@@ -382,8 +405,72 @@ class LinearPatchDecoder(nn.Module):
         self.patch_size, self.channels = cfg.patch_size, cfg.latent_channels
         self.linear = nn.Linear(cfg.dim, cfg.patch_dim)
 
-    def forward(self, x):
+    def forward(self, x, _):
         return unpatchify(self.linear(x), self.patch_size, self.channels)      # (B, K, C, H, W)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions and a shortcut around them; the embedding of t is added in the middle (as in DDPM)."""
+
+    def __init__(self, n_in, n_out, time_dim):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(1, n_in), nn.Conv2d(n_in, n_out, 3, padding=1)
+        self.time = nn.Linear(time_dim, n_out)
+        self.norm2, self.conv2 = nn.GroupNorm(1, n_out), nn.Conv2d(n_out, n_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(n_in, n_out, 1)
+
+    def forward(self, x, time):
+        h = self.conv1(F.silu(self.norm1(x))) + self.time(time)[..., None, None]
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class UNetDown(nn.Module):
+    """The paper's other encoder: the down half of a U-Net, from noised latents and t to one vector a patch.
+
+    Each halving of the side doubles the patch: none for patches of one latent, two for 4 x 4. What every size looked
+    like on the way is kept for the up half, behind the transformer: h_in, the long skip.
+    """
+
+    def __init__(self, cfg, time_dim=128):
+        super().__init__()
+        widths = [cfg.unet_dim * 2**i for i in range(int(math.log2(cfg.patch_size)) + 1)]
+        self.time = TimeEmbedding(time_dim)
+        self.first = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList(ResBlock(width, width, time_dim) for width in widths)
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
+        self.last = nn.Linear(widths[-1], cfg.dim)
+
+    def forward(self, latents, t):
+        x, time, skips = self.first(latents.flatten(0, 1)), self.time(t.flatten()), []   # images of all rows in one
+        for block, shrink in zip(self.blocks, [*self.shrink, None]):
+            x = block(x, time)                                                 # (B * K, width, H / 2^i, W / 2^i)
+            skips.append(x)
+            x = shrink(x) if shrink else x
+        return self.last(x.flatten(2).mT).unflatten(0, t.shape), (time, skips)  # (B, K, N, D)
+
+
+class UNetUp(nn.Module):
+    """The up half: from the transformer's vectors, t and the long skip to the prediction for every latent."""
+
+    def __init__(self, cfg, time_dim=128):
+        super().__init__()
+        widths = [cfg.unet_dim * 2**i for i in range(int(math.log2(cfg.patch_size)) + 1)][::-1]
+        self.side = cfg.latent_size // cfg.patch_size
+        self.first = nn.Linear(cfg.dim, widths[0])
+        self.blocks = nn.ModuleList(ResBlock(2 * width, width, time_dim) for width in widths)
+        self.grow = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairwise(widths))
+        self.last = nn.Conv2d(widths[-1], cfg.latent_channels, 3, padding=1)
+
+    def forward(self, x, h_in):
+        (time, skips), shape = h_in, x.shape[:2]
+        x = self.first(x.flatten(0, 1)).mT.unflatten(-1, (self.side, self.side))
+        for block, skip, grow in zip(self.blocks, reversed(skips), [*self.grow, None]):
+            x = block(torch.cat([x, skip], 1), time)
+            x = grow(x) if grow else x
+        return self.last(x).unflatten(0, shape)                                # (B, K, C, H, W)
+
+
+PATCH_CODERS = {"linear": (LinearPatchEncoder, LinearPatchDecoder), "unet": (UNetDown, UNetUp)}
 
 
 # ---- The model and its loss ------------------------------------------------------------------------------------------
@@ -392,6 +479,11 @@ class LinearPatchDecoder(nn.Module):
 def take(x, index):
     """Rows of x (B, M, D) by index (B, T) -> (B, T, D)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def nth_patch(image_id):
+    """(B, T): which of its row's patches, all images in one list, an image place holds. Elsewhere any number."""
+    return (image_id >= 0).cumsum(1).sub(1).clamp(min=0)
 
 
 def token_losses(logits, tokens, image_id):
@@ -409,16 +501,17 @@ def token_losses(logits, tokens, image_id):
 class Transfusion(nn.Module):
     def __init__(self, cfg, vocab_size):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.vocab_size = cfg, vocab_size
         self.token_embedding = nn.Embedding(vocab_size, cfg.dim)
-        self.patch_encoder = LinearPatchEncoder(cfg)
+        encoder, decoder = PATCH_CODERS[cfg.patch_encoder]
+        self.patch_encoder = encoder(cfg)
         # DEVIATION: patches know their place in the picture by a learned embedding; the paper has only the RoPE of
         # their raster order in the sequence (patch_position=False). Its share in the result was not measured apart.
         self.patch_position = nn.Parameter(torch.empty(cfg.n_patches, cfg.dim)) if cfg.patch_position else 0
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = nn.RMSNorm(cfg.dim)
         self.lm_head = nn.Linear(cfg.dim, vocab_size, bias=False)
-        self.patch_decoder = LinearPatchDecoder(cfg)
+        self.patch_decoder = decoder(cfg)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 last_of_block = name.endswith(("wo.weight", "w2.weight"))
@@ -437,15 +530,16 @@ class Transfusion(nn.Module):
         is_patch, has_images = image_id >= 0, latents is not None and latents.shape[1] > 0
         x = self.token_embedding(tokens)                                       # (B, T, D)
         if has_images:
-            patches = self.patch_encoder(latents, t) + self.patch_position     # (B, K, N, D)
-            nth = is_patch.cumsum(1).sub(1).clamp(min=0)                       # the n-th image place takes patch n
-            x = torch.where(is_patch[..., None], take(patches.flatten(1, 2), nth), x)
+            patches, h_in = self.patch_encoder(latents, t)                     # (B, K, N, D)
+            patches = patches + self.patch_position
+            x = torch.where(is_patch[..., None], take(patches.flatten(1, 2), nth_patch(image_id)), x)
 
         position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         if cache is not None:
             position = position + cache.length[:, None]
             image_id = cache.image_id.scatter_(1, position, image_id)          # (B, all places)
-        mask = dense_mask(mixed_mask(image_id), position, image_id.shape[1])   # (B, 1, T, all places)
+        may_see = mixed_mask(image_id, self.cfg.bidirectional)
+        mask = dense_mask(may_see, position, image_id.shape[1])                # (B, 1, T, all places)
         rope = rope_angles(position, self.cfg.dim // self.cfg.n_heads)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, mask, cache and cache.store(i, position))      # (B, T, D)
@@ -456,27 +550,24 @@ class Transfusion(nn.Module):
         # The same way back: image places first, in their order. Where a row has fewer than K images, text places fill
         # up, which the loss does not look at. (Some row has all K, so there are at least K * N places.)
         places = is_patch.logical_not().long().argsort(dim=1, stable=True)[:, :patches.shape[1] * patches.shape[2]]
-        return logits, self.patch_decoder(take(x, places).unflatten(1, patches.shape[1:3]))
+        return logits, self.patch_decoder(take(x, places).unflatten(1, patches.shape[1:3]), h_in)
 
     def loss(self, tokens, image_id, latents):
         """The joint loss of a batch of clean latents: (loss, loss_lm, loss_ddpm). Section 3, training objective."""
-        # Two kinds of images are treated apart: those that a text comes before, and those that come before all text.
-        k = torch.arange(latents.shape[1], device=tokens.device)[:, None]
-        n_before = (tokens >= N_SPECIAL).cumsum(1)                             # (B, T) text tokens up to here
-        before, after = n_before > 0, n_before < n_before[:, -1:]
-        here = image_id[:, None] == k                                          # (B, K, T) the places of each image
-        exists, captioned = here.any(-1), (here & before[:, None]).any(-1)     # (B, K)
-        shown_first = (here & (~before & after)[:, None]).any(-1)              # (B, K)
-        t = sample_t(exists.shape, self.cfg.t_dist, tokens.device)             # (B, K) every image has its own
-
         # For guidance, some of the rows with a captioned image go on without their text, and train the images only.
         # NOT STATED: how often.
-        drop = captioned.any(1) & (torch.rand(len(tokens), device=tokens.device) < self.cfg.drop_text)
+        drop = rows_to_drop(tokens, self.cfg.drop_text)
         tokens, image_id = without_text(tokens, image_id, drop)
 
-        # Text sees the images before it as noised as they are. So that there is something to see, images that precede
-        # all text are noised at most to noise_cap (table 8 of the paper).
-        t = torch.where(shown_first & ~drop[:, None], t * self.cfg.noise_cap, t)
+        # Every image has a t of its own. Text sees the images before it as noised as they are. So that there is
+        # something to see, images that precede all text are noised at most to noise_cap (table 8 of the paper).
+        k = torch.arange(latents.shape[1], device=tokens.device)[:, None]
+        here = image_id[:, None] == k                                          # (B, K, T) the places of each image
+        n_before = (tokens >= N_SPECIAL).cumsum(1)                             # (B, T) text tokens up to here
+        all_text_follows = (n_before == 0) & (n_before[:, -1:] > 0)
+        exists, shown_first = here.any(-1), (here & all_text_follows[:, None]).any(-1)  # (B, K)
+        t = sample_t(exists.shape, self.cfg.t_dist, tokens.device)
+        t = torch.where(shown_first, t * self.cfg.noise_cap, t)
 
         eps = torch.randn_like(latents)
         xt = q_sample(latents, eps, t, self.cfg.target)                        # the latents are noised, not the patches
@@ -495,7 +586,27 @@ class Transfusion(nn.Module):
         return loss_lm + self.cfg.lambda_ddpm * loss_ddpm, loss_lm, loss_ddpm
 
 
+    def draw(self, look, logits, shape, steps, cfg_scale, sampler):
+        """Diffusion mode: denoise images of the given shape (B, 1, C, H, W), and yield them after every step.
+
+        look(xt, t) runs the model on them behind what was written so far; logits are those at the BOI before them.
+        """
+        xt = torch.randn(shape, device=logits.device)
+        for t, t_next in pairwise(torch.linspace(1, 0, steps + 1, device=logits.device)):
+            _, pred = look(xt, t)
+            xt = p_sample(xt, guide(pred, cfg_scale), t, t_next, self.cfg.target, sampler)
+            yield xt
+
+
 # ---- Generation ------------------------------------------------------------------------------------------------------
+
+
+def guide(out, cfg_scale):
+    """Classifier-free guidance: away from the answer without the text. Rows with text come first, then their twins."""
+    if cfg_scale == 1:
+        return out
+    with_text, without = out.chunk(2)
+    return without + cfg_scale * (with_text - without)
 
 
 @torch.no_grad()
@@ -532,18 +643,19 @@ def generate(model, tokens, image_id, latents, max_length=None, max_images=1, st
     null_tokens, null_id = without_text(tokens, image_id, torch.ones_like(n_text, dtype=torch.bool))
     cache = KVCache(cfg, len(with_twins(tokens)), max_length + n + 1, like=model.lm_head.weight)  # + what is not kept
     written = torch.full((B, cache.image_id.shape[1]), PAD, device=device)     # the tokens of the places in the cache
-    logits = torch.zeros(B, model.lm_head.out_features, device=device)         # what comes after each row's last place
+    pads = torch.full((len(cache.length), n), PAD, device=device)
+    logits = torch.zeros(len(cache.length), model.lm_head.out_features, device=device)  # at each row's last place
 
     def append(new_tokens, new_id, n_keep, new_latents=None):
         """Run new places behind every row, images clean at t = 0, and keep the first n_keep (rows,) of them.
 
-        Of the real rows, not the twins, the tokens and the logits at the last place kept are remembered.
+        The logits at the last place kept are remembered, and the tokens of the real rows, not of the twins.
         """
         t = None if new_latents is None else torch.zeros(new_latents.shape[:2], device=device)
         out, _ = model(new_tokens, new_id, new_latents, t, cache)
         written.scatter_(1, cache.length[:B, None] + torch.arange(new_tokens.shape[1], device=device), new_tokens[:B])
-        newest = out[torch.arange(B, device=device), (n_keep[:B] - 1).clamp(min=0)]
-        logits.copy_(torch.where(n_keep[:B, None] > 0, newest, logits))
+        newest = out[torch.arange(len(out), device=device), (n_keep - 1).clamp(min=0)]
+        logits.copy_(torch.where(n_keep[:, None] > 0, newest, logits))
         cache.length += n_keep
 
     def so_far():
@@ -560,27 +672,24 @@ def generate(model, tokens, image_id, latents, max_length=None, max_images=1, st
         drawing = (last == BOI) & (length + n < max_length) & (n_images < most_images)
 
         if writing.any():  # LM mode. A row that has said BOI waits until the others have too, or have ended.
+            text_logits = logits[:B, :model.vocab_size]
             if temperature == 0:
-                token = logits.argmax(-1)
+                token = text_logits.argmax(-1)
             else:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+                token = torch.multinomial((text_logits / temperature).softmax(-1), 1)[:, 0]
             n_keep = with_twins(writing, writing & (token < N_SPECIAL)).long()  # twins take no text
             append(with_twins(token)[:, None], torch.full_like(n_keep, -1)[:, None], n_keep)
             if watch:
                 watch(*so_far())
 
         elif drawing.any():  # Diffusion mode, for all rows that wait.
-            pads = with_twins(tokens.new_full((B, n), PAD))
             ids = with_twins(n_images.where(drawing, -1))[:, None].expand_as(pads)
-            xt = torch.randn(B, 1, *latents.shape[2:], device=device)
-            for t, t_next in pairwise(torch.linspace(1, 0, steps + 1, device=device)):
-                # Only the image's own places are computed, against the cached prefix. They are not kept: the next step
-                # writes over them.
-                _, pred = model(pads, ids, with_twins(xt), t.expand(len(pads), 1), cache)
-                if guided:
-                    with_text, without = pred.chunk(2)
-                    pred = without + cfg_scale * (with_text - without)
-                xt = p_sample(xt, pred, t, t_next, cfg.target, sampler)        # (B, 1, C, H, W)
+
+            def look(xt, t, ids=ids):
+                """Run only the images' own places, against the cached prefix; the next step writes over them."""
+                return model(pads, ids, with_twins(xt), t.expand(len(pads), 1), cache)
+
+            for xt in model.draw(look, logits, (B, 1, *latents.shape[2:]), steps, cfg_scale, sampler):
                 images[drawing, n_images[drawing]] = xt[drawing, 0]
                 if watch:
                     watch(*so_far())
@@ -602,7 +711,8 @@ class VAE(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        stages = int(math.log2(cfg.image_size / cfg.latent_size))              # each halves the side
+        channels, side, _ = cfg.latent_shape
+        stages = int(math.log2(cfg.image_size / side))                         # each halves the side
         widths = [cfg.vae_dim * 2 ** min(i, 2) for i in range(stages)]
         wide, self.kl = widths[-1], cfg.vae_kl
         down, up = [], []
@@ -611,12 +721,12 @@ class VAE(nn.Module):
         for n_in, n_out in zip(widths[::-1], widths[-2::-1] + [3]):
             up += [nn.SiLU(), nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1)]
         self.encoder = nn.Sequential(*down, nn.Conv2d(wide, wide, 3, padding=1), nn.SiLU(),
-                                     nn.Conv2d(wide, 2 * cfg.latent_channels, 1))
-        self.decoder = nn.Sequential(nn.Conv2d(cfg.latent_channels, wide, 3, padding=1), nn.SiLU(),
+                                     nn.Conv2d(wide, 2 * channels, 1))
+        self.decoder = nn.Sequential(nn.Conv2d(channels, wide, 3, padding=1), nn.SiLU(),
                                      nn.Conv2d(wide, wide, 3, padding=1), *up)
         # The statistics of the latents, so that diffusion sees every channel with mean 0 and variance 1.
-        self.register_buffer("mean", torch.zeros(cfg.latent_channels, 1, 1))
-        self.register_buffer("std", torch.ones(cfg.latent_channels, 1, 1))
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
 
     def posterior(self, pictures):
         """uint8 (B, H, W, 3) -> the pictures in [-1, 1], and mean and log variance of their latents (B, C, h, w)."""
@@ -654,8 +764,112 @@ def make_batch(documents, vae, tokenizer, cfg, end=True):
     pictures = [[torch.as_tensor(part) for part in document if not isinstance(part, str)] for document in documents]
     counts = torch.tensor([len(row) for row in pictures])
     filled = torch.arange(counts.max()) < counts[:, None]                      # (B, K)
-    latents = vae.mean.new_zeros(*filled.shape, cfg.latent_channels, cfg.latent_size, cfg.latent_size)
+    latents = vae.mean.new_zeros(*filled.shape, *cfg.latent_shape)
     if filled.any():
         everything = torch.stack([picture for row in pictures for picture in row])
         latents[filled.to(latents.device)] = vae.encode(everything)
     return tokens.to(latents.device), image_id.to(latents.device), latents
+
+
+# ---- Chameleon: the baseline, with discrete images -------------------------------------------------------------------
+
+
+def quantise(z, levels):
+    """Finite scalar quantisation (Mentzer et al., 2023): every number takes the nearest of `levels` values.
+
+    They are ..., -1.5, -0.5, 0.5, 1.5, ... or ..., -1, 0, 1, ... The gradient passes as if nothing had been rounded.
+    DEVIATION: the paper's quantiser looks up the nearest of 16,384 learned vectors, with a codebook loss (beta 0.25).
+    Here the codes are a fixed grid: no codebook to train or to collapse, and a code is its vector, so that the
+    transformer needs no table either.
+    """
+    most = (levels - 1) / 2
+    z = z.tanh() * most
+    rounded = (z + most).round() - most
+    return z + (rounded - z).detach()
+
+
+def codes_of(latents, levels):
+    """Quantised (B, K, C, H, W) -> codes (B, K, H * W) in 0 ... levels ** C - 1: C digits to the base `levels`."""
+    digits = (latents + (levels - 1) / 2).round().long().flatten(-2).mT       # (B, K, N, C)
+    return (digits * levels ** torch.arange(digits.shape[-1], device=digits.device)).sum(-1)
+
+
+def latents_of(codes, levels, shape):
+    """The inverse of codes_of: (B, K, N) -> (B, K, C, H, W), with (C, H, W) = shape."""
+    digits = codes[..., None] // levels ** torch.arange(shape[0], device=codes.device) % levels
+    return (digits - (levels - 1) / 2).mT.unflatten(-1, shape[1:])
+
+
+class QuantisedVAE(VAE):
+    """The VAE with its bottleneck quantised: no noise, no KL loss, and latents that are codes."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        # Unit variance, or nearly all numbers would round to the middle value at first, and never learn to leave it.
+        self.levels, self.spread = cfg.code_levels, nn.BatchNorm2d(cfg.code_dim, affine=False)
+
+    def posterior(self, pictures):
+        x, z, log_var = super().posterior(pictures)
+        return x, quantise(self.spread(z), self.levels), log_var
+
+    def loss(self, pictures):
+        x, z, _ = self.posterior(pictures)
+        return F.mse_loss(self.decoder(z), x)
+
+    def calibrate(self, pictures):
+        """Nothing to do: the grid has its scale."""
+
+
+class Chameleon(Transfusion):
+    """The discrete baseline (arXiv 2405.09818). The same transformer, sequence and generation loop; what changes:
+
+    1. A patch is a code, and every code is one more token of the vocabulary: in and out like a word, without a time.
+    2. Attention is causal everywhere, and queries and keys are normalised.
+    3. One loss, that of the next token, be it text or image, with a z-loss that keeps the logits small.
+    4. To draw is to sample code after code, with guidance on the logits.
+    """
+
+    def __init__(self, cfg, vocab_size):
+        super().__init__(replace(cfg, bidirectional=False, qk_norm=True), vocab_size + cfg.code_levels**cfg.code_dim)
+        self.vocab_size = vocab_size                                           # of the text; the codes come after it
+        del self.patch_encoder, self.patch_decoder
+
+    def patch_encoder(self, latents, t):
+        return self.token_embedding(self.vocab_size + codes_of(latents, self.cfg.code_levels)), None
+
+    def patch_decoder(self, x, h_in):
+        """Nothing: the logits have said it."""
+
+    def loss(self, tokens, image_id, latents):
+        """(loss, that of the text, that of the images), where the loss is a mean over all tokens, text and codes."""
+        drop = rows_to_drop(tokens, self.cfg.drop_text)
+        tokens, image_id = without_text(tokens, image_id, drop)
+        logits, _ = self(tokens[:, :-1], image_id[:, :-1], latents)
+        is_code, targets = image_id[:, 1:] >= 0, tokens[:, 1:]
+        if latents.shape[1]:
+            codes = self.vocab_size + codes_of(latents, self.cfg.code_levels).flatten(1)
+            targets = targets.where(~is_code, codes.gather(1, nth_patch(image_id)[:, 1:]))
+        error = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        z_loss = self.cfg.z_loss * logits.logsumexp(-1).square()
+        is_text = ~is_code & (targets != PAD) & ~drop[:, None]
+
+        def mean(x, counts):
+            return (x * counts).sum() / counts.sum().clamp(min=1)
+        return mean(error + z_loss, is_text | is_code), mean(error, is_text), mean(error, is_code)
+
+    def draw(self, look, logits, shape, steps, cfg_scale, sampler):
+        """Code after code, at temperature 1; `steps` and `sampler` are diffusion's. Yields like Transfusion.draw."""
+        codes = torch.zeros(shape[0], 1, shape[-2] * shape[-1], dtype=torch.long, device=logits.device)
+        for n in range(codes.shape[-1]):
+            probability = guide(logits, cfg_scale)[:, self.vocab_size:].softmax(-1)
+            codes[:, 0, n] = torch.multinomial(probability, 1)[:, 0]
+            latents = latents_of(codes, self.cfg.code_levels, shape[-3:])
+            yield latents
+            logits = look(latents, logits.new_zeros(()))[0][:, n]              # causal: what is drawn later is not seen
+
+
+def make_models(cfg, vocab_size):
+    """The transformer and the VAE that cfg.model names, new."""
+    if cfg.model == "chameleon":
+        return Chameleon(cfg, vocab_size), QuantisedVAE(cfg)
+    return Transfusion(cfg, vocab_size), VAE(cfg)

@@ -35,17 +35,17 @@ def beside(left, right, gap=24):
 
 def captioned_grid(pictures, captions, right, columns=6, scale=4):
     """Pictures above their captions; a caption is red where the picture is not what it says."""
-    side, text_height = len(pictures[0]) * scale, 40
+    height, width, text_height = len(pictures[0]) * scale, len(pictures[0][0]) * scale, 40
     rows = math.ceil(len(pictures) / columns)
-    grid = Image.new("RGB", (columns * (side + 16), rows * (side + text_height)), "white")
+    grid = Image.new("RGB", (columns * (width + 16), rows * (height + text_height)), "white")
     pen, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
     for i, (picture, caption, good) in enumerate(zip(pictures, captions, right)):
-        x, y = i % columns * (side + 16) + 8, i // columns * (side + text_height) + 4
+        x, y = i % columns * (width + 16) + 8, i // columns * (height + text_height) + 4
         grid.paste(enlarge(picture, scale), (x, y))
         words = caption.split()
         half = (len(words) + 1) // 2
         text = " ".join(words[:half]) + "\n" + " ".join(words[half:])
-        pen.text((x, y + side + 3), text, "black" if good else (200, 0, 0), font)
+        pen.text((x, y + height + 3), text, "black" if good else (200, 0, 0), font)
     return grid
 
 

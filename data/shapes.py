@@ -7,8 +7,6 @@ So both directions of a model are scored without a judge: a drawing is right whe
 its caption tells. Nothing is downloaded, and a seed gives the same data on every machine.
 """
 
-import math
-import random
 import zlib
 from itertools import product
 from typing import NamedTuple
@@ -156,10 +154,7 @@ def best_match(rest):
     return gain.max(), Thing(list(COLOURS)[colour], list(SHAPES)[shape]), x, y
 
 
-# ---- documents: what a model is trained on ---------------------------------------------------------------------------
-
-TEXT_ONLY, CAPTION_FIRST, SINGLE = 0.1, 0.8, 0.1  # shares: of all documents, of the pairs, of the pairs
-
+# ---- what is held out ------------------------------------------------------------------------------------------------
 
 def split(scene):
     """"test" (10 %), "val" (5 %) or "train", by a hash of the fact, so that no fact is on two sides in any wording."""
@@ -170,28 +165,5 @@ def split(scene):
 SPLITS = {name: [fact for fact in FACTS if split(fact) == name] for name in ("train", "val", "test")}
 
 
-def documents(n, seed):
-    """n training documents, each a list of parts in reading order: a str, or a picture as uint8 (32, 32, 3)."""
-    rng, result = random.Random(seed), []
-    for _ in range(n):
-        if rng.random() < TEXT_ONLY:
-            result.append([reasoning(pick(rng, SPLITS["train"]), flip=rng.random() < 0.5)])
-        else:
-            scene = pick(rng, SINGLES if rng.random() < SINGLE else SPLITS["train"])
-            pair = [describe(scene, flip=rng.random() < 0.5), render(scene, rng)]
-            result.append(pair if rng.random() < CAPTION_FIRST else pair[::-1])
-    return result
-
-
 def pick(rng, items):
     return items[int(rng.random() * len(items))]
-
-
-def entropy(kind):
-    """Exact nats per document of the grammar, whose only choices are the kind of document and the fact it tells.
-
-    "caption": up to BOI, of a caption-first pair about two things; "text": a whole text-only document. All facts count,
-    those held out too: it is the cost of a held-out document to a model that has the grammar and no memory.
-    """
-    share = {"caption": (1 - TEXT_ONLY) * CAPTION_FIRST * (1 - SINGLE), "text": TEXT_ONLY}[kind]
-    return -math.log(share) + math.log(2 * len(FACTS))
