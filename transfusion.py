@@ -11,9 +11,9 @@ Attention is causal, but the patches of one image see each other. Text places ar
 patch places to tell the noise in an image from the image. To generate, sample tokens until the model says BOI, run
 diffusion for that image, append EOI, and go on sampling tokens.
 
-Read from top to bottom: sequence and mask, schedule and noise, transformer, patch encoder, model and loss, generation;
-last come the VAE, a black box until then, and the bridge from pictures to batches. `DEVIATION:` marks what differs from
-the paper, with the way back; `NOT STATED:` marks what the paper leaves open.
+Read from top to bottom: sequence and mask, schedule and noise, transformer, patch encoders, model and loss, generation;
+then the VAE, a black box until there, and what a discrete baseline, Chameleon, does otherwise. `DEVIATION:` marks what
+differs from the paper, with the way back; `NOT STATED:` marks what the paper leaves open.
 
 Shapes: B sequences, T places, K images a sequence, C x H x W latents, N patches an image, P numbers a patch, D width,
 V vocabulary. Every batch is rectangular:
@@ -37,11 +37,9 @@ from torch import nn
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
 
-
 def option(default, help, choices=None):
-    """A dataclass field that says what it is. train.py makes a command-line option of each."""
+    """A dataclass field with a help line; train.py makes a command-line option of each."""
     return field(default=default, metadata={"help": help, "choices": choices})
-
 
 @dataclass
 class Config:
@@ -72,29 +70,19 @@ class Config:
     def __post_init__(self):
         if self.dim % (2 * self.n_heads):
             raise ValueError(f"dim ({self.dim}) must be a multiple of 2 * n_heads ({2 * self.n_heads})")
-        if self.latent_size % self.patch_size:
-            raise ValueError(f"latent_size ({self.latent_size}) must be a multiple of patch_size ({self.patch_size})")
+        if self.patch_size not in (1, 2, 4, 8) or self.latent_size % self.patch_size:
+            raise ValueError(f"patch_size must be 1, 2, 4 or 8 and divide latent_size {self.latent_size}")
         if self.image_size not in [self.latent_size * 2**stages for stages in range(1, 10)]:
             raise ValueError(f"image_size / latent_size ({self.image_size} / {self.latent_size}) must be 2, 4, 8, ...")
         for f in fields(self):
             if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
                 raise ValueError(f"{f.name} must be one of {f.metadata['choices']}, not {getattr(self, f.name)!r}")
 
-    @property
-    def n_patches(self):
-        return (self.latent_size // self.patch_size) ** 2
-
-    @property
-    def patch_dim(self):
-        return self.latent_channels * self.patch_size**2
-
-    @property
-    def latent_shape(self):
-        """(C, H, W) of an image for the model. Chameleon has one code where Transfusion has one patch."""
-        if self.model == "chameleon":
-            return self.code_dim, self.latent_size // self.patch_size, self.latent_size // self.patch_size
-        return self.latent_channels, self.latent_size, self.latent_size
-
+        self.grid = self.latent_size // self.patch_size                        # patches a side
+        self.n_patches, self.patch_dim = self.grid**2, self.latent_channels * self.patch_size**2
+        self.latent_shape = self.latent_channels, self.latent_size, self.latent_size  # (C, H, W)
+        if self.model == "chameleon":  # has one code where Transfusion has one patch
+            self.latent_shape = self.code_dim, self.grid, self.grid
 
 LAPTOP = Config()
 PAPER = Config(target="eps", t_dist="uniform", lambda_ddpm=5.0, patch_position=False,
@@ -116,12 +104,11 @@ MARKS = "PAD", "BOS", "EOS", "BOI", "EOI"
 PAD, BOS, EOS, BOI, EOI = range(len(MARKS))
 N_SPECIAL = len(MARKS)  # ids below this are marks, the others are text
 
-
 class Tokenizer:
     """The words of the data set are one token each; everything else falls back to its UTF-8 bytes.
 
-    A word's token includes the space before it, and a space is put before the text, so that every string (that UTF-8
-    can hold) comes back unchanged: "a red dog" is " a", " red", and the bytes of " dog".
+    A word's token includes the space before it, and a space is put before the text, so that every string comes back
+    unchanged: "a red dog" is " a", " red", and the bytes of " dog".
     """
 
     def __init__(self, words):
@@ -141,7 +128,6 @@ class Tokenizer:
     def decode(self, ids):
         """Inverse of encode. Marks are skipped; bytes that are not UTF-8, which a model may write, become U+FFFD."""
         return b"".join(self.bytes[i] for i in ids).removeprefix(b" ").decode(errors="replace")
-
 
 def pack(documents, tokenizer, n_patches, end=True):
     """Lay out documents as a batch: tokens and image_id, both (B, T), padded on the right to the longest.
@@ -164,7 +150,6 @@ def pack(documents, tokenizer, n_patches, end=True):
     return (torch.tensor([tokens + [PAD] * (length - len(tokens)) for tokens, _ in rows]),
             torch.tensor([image_id + [-1] * (length - len(image_id)) for _, image_id in rows]))
 
-
 def without_text(tokens, image_id, rows):
     """The null form for guidance: in the chosen rows (B,) only marks and images stay, moved up to the left.
 
@@ -174,12 +159,10 @@ def without_text(tokens, image_id, rows):
     order = gone.long().argsort(dim=1, stable=True)                     # what stays, in its order, then what goes
     return tokens.masked_fill(gone, PAD).gather(1, order), image_id.gather(1, order)
 
-
 def rows_to_drop(tokens, share):
     """Which rows (B,) train without their text: the given share of those in which text comes before an image."""
     captioned = ((tokens == BOI) & ((tokens >= N_SPECIAL).cumsum(1) > 0)).any(1)
     return captioned & (torch.rand(len(tokens), device=tokens.device) < share)
-
 
 def mixed_mask(image_id, bidirectional=True):
     """Section 3, "Transfusion attention", as a predicate: may the query at place q see the key at place kv?
@@ -192,15 +175,12 @@ def mixed_mask(image_id, bidirectional=True):
         return (kv <= q) | same_image if bidirectional else kv <= q
     return may_see
 
-
 def dense_mask(may_see, query, n_keys):
     """Boolean (B, 1, n, n_keys): the predicate applied to the places query (B, n) and all keys."""
     b = torch.arange(len(query), device=query.device).view(-1, 1, 1, 1)
     return may_see(b, 0, query[:, None, :, None], torch.arange(n_keys, device=query.device))
 
-
 # ---- Schedule and noise ----------------------------------------------------------------------------------------------
-
 
 def sample_t(shape, t_dist, device):
     """Training times. NOT STATED: the paper names no distribution; DDPM's is uniform.
@@ -209,7 +189,6 @@ def sample_t(shape, t_dist, device):
     way back; its share in the result was not measured apart).
     """
     return torch.rand(shape, device=device) if t_dist == "uniform" else torch.randn(shape, device=device).sigmoid()
-
 
 def signal_noise(t, target):
     """How much signal a and how much noise s are in x_t = a * x0 + s * eps.
@@ -221,12 +200,10 @@ def signal_noise(t, target):
         return 1 - t, t
     return torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)
 
-
 def q_sample(x0, eps, t, target):
     """Section 2.2: noise the clean x0 (B, K, C, H, W) to time t (B, K)."""
     a, s = signal_noise(t[..., None, None, None], target)
     return a * x0 + s * eps
-
 
 def diffusion_target(x0, eps, t, target):
     """What the model should say about x_t. Each answer gives the others; only their errors weigh differently.
@@ -236,7 +213,6 @@ def diffusion_target(x0, eps, t, target):
     """
     a, s = signal_noise(t[..., None, None, None], target)
     return {"eps": eps, "x0": x0, "v": a * eps - s * x0, "flow": eps - x0}[target]
-
 
 def x0_and_eps(pred, xt, t, target):
     """Solve the prediction and x_t = a * x0 + s * eps for x0 and eps."""
@@ -251,7 +227,6 @@ def x0_and_eps(pred, xt, t, target):
     if target == "v":  # a * eps - s * x0, and a^2 + s^2 = 1
         return a * xt - s * pred, s * xt + a * pred
     return xt - s * pred, xt + a * pred  # flow: eps - x0, and a + s = 1
-
 
 def p_sample(xt, pred, t, t_next, target, sampler):
     """One denoising step, from time t to t_next < t.
@@ -270,9 +245,7 @@ def p_sample(xt, pred, t, t_next, target, sampler):
     kept_var = (s_next**2 - fresh_var).clamp(min=0)
     return a_next * x0 + kept_var.sqrt() * eps + fresh_var.sqrt() * torch.randn_like(xt)
 
-
 # ---- Transformer: Llama's (RMSNorm, RoPE, SwiGLU, no biases) ---------------------------------------------------------
-
 
 def rope_angles(position, head_dim, base=10000.0):
     """cos and sin of the rotary angles of places (B, T), both (B, 1, T, head_dim / 2)."""
@@ -280,13 +253,11 @@ def rope_angles(position, head_dim, base=10000.0):
     angle = position[:, None, :, None] * frequency
     return angle.cos(), angle.sin()
 
-
 def rotate(x, rope):
     """Turn each pair of features by an angle that grows with the place, so that q.k depends on the distance only."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
 
 class Attention(nn.Module):
     def __init__(self, cfg):
@@ -307,7 +278,6 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.wo(x.transpose(1, 2).flatten(2))                           # (B, T, D)
 
-
 class FeedForward(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -319,7 +289,6 @@ class FeedForward(nn.Module):
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
-
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -330,13 +299,11 @@ class Block(nn.Module):
         x = x + self.attention(self.attention_norm(x), rope, mask, store)
         return x + self.ffn(self.ffn_norm(x))
 
-
 class KVCache:
     """For generation only: the keys and values of every layer, and how many places of each row are there to stay.
 
     The model writes behind a row's length and does not move it. What its caller wants to keep, it adds to length; the
-    rest is overwritten by the next write, and until then causality hides it. So every step of denoising replaces the
-    one before, and rows of different lengths need no bookkeeping.
+    rest is overwritten by the next write, as every step of denoising is, and until then causality hides it.
     """
 
     def __init__(self, cfg, rows, places, like):
@@ -352,22 +319,18 @@ class KVCache:
             return [whole.scatter_(2, where, part) for whole, part in zip(self.layers[layer], (k, v))]
         return write
 
-
 # ---- Patches ---------------------------------------------------------------------------------------------------------
-
 
 def patchify(latents, p):
     """(..., C, H, W) -> (..., N, P): squares of p x p latents in raster order, each as one vector."""
     x = latents.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))                  # (..., C, H/p, p, W/p, p)
     return x.movedim(-5, -1).transpose(-4, -3).flatten(-5, -4).flatten(-3)     # (..., H/p * W/p, p * p * C)
 
-
 def unpatchify(patches, p, channels):
     """The inverse of patchify, for square images."""
     side = math.isqrt(patches.shape[-2])
     x = patches.unflatten(-2, (side, side)).unflatten(-1, (p, p, channels))    # (..., H/p, W/p, p, p, C)
     return x.transpose(-4, -3).movedim(-1, -5).flatten(-2).flatten(-3, -2)     # (..., C, H, W)
-
 
 class TimeEmbedding(nn.Module):
     """Sinusoids of t, then a small MLP (DiT's). (B, K) -> (B, K, P)."""
@@ -381,11 +344,10 @@ class TimeEmbedding(nn.Module):
         angle = t[..., None] * self.frequency
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
 
-
 class LinearPatchEncoder(nn.Module):
     """Section 3: the embedding of t is added to every patch vector, then one linear layer. This is where t enters.
 
-    Returns the patch vectors and, like every patch encoder, what its decoder needs besides: here nothing.
+    Returns patch vectors and, like every patch encoder, what its decoder needs besides: here nothing.
     """
 
     def __init__(self, cfg):
@@ -398,7 +360,6 @@ class LinearPatchEncoder(nn.Module):
         x = patchify(latents, self.patch_size) + self.time(t)[..., None, :]    # (B, K, N, P)
         return self.linear(x), None                                            # (B, K, N, D)
 
-
 class LinearPatchDecoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -407,7 +368,6 @@ class LinearPatchDecoder(nn.Module):
 
     def forward(self, x, _):
         return unpatchify(self.linear(x), self.patch_size, self.channels)      # (B, K, C, H, W)
-
 
 class ResBlock(nn.Module):
     """Two convolutions and a shortcut around them; the embedding of t is added in the middle (as in DDPM)."""
@@ -423,17 +383,16 @@ class ResBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x))) + self.time(time)[..., None, None]
         return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
-
 class UNetDown(nn.Module):
     """The paper's other encoder: the down half of a U-Net, from noised latents and t to one vector a patch.
 
     Each halving of the side doubles the patch: none for patches of one latent, two for 4 x 4. What every size looked
-    like on the way is kept for the up half, behind the transformer: h_in, the long skip.
+    like on the way goes to the up half, behind the transformer: h_in, the long skip.
     """
 
     def __init__(self, cfg, time_dim=128):
         super().__init__()
-        widths = [cfg.unet_dim * 2**i for i in range(int(math.log2(cfg.patch_size)) + 1)]
+        widths = [cfg.unet_dim * 2**i for i in range(cfg.patch_size.bit_length())]
         self.time = TimeEmbedding(time_dim)
         self.first = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList(ResBlock(width, width, time_dim) for width in widths)
@@ -441,21 +400,19 @@ class UNetDown(nn.Module):
         self.last = nn.Linear(widths[-1], cfg.dim)
 
     def forward(self, latents, t):
-        x, time, skips = self.first(latents.flatten(0, 1)), self.time(t.flatten()), []   # images of all rows in one
-        for block, shrink in zip(self.blocks, [*self.shrink, None]):
-            x = block(x, time)                                                 # (B * K, width, H / 2^i, W / 2^i)
-            skips.append(x)
-            x = shrink(x) if shrink else x
+        x, time, skips = self.first(latents.flatten(0, 1)), self.time(t.flatten()), []   # all images in one batch
+        for block, shrink in zip(self.blocks, [*self.shrink, nn.Identity()]):
+            skips.append(block(x, time))                                       # (B * K, width, H / 2^i, W / 2^i)
+            x = shrink(skips[-1])
         return self.last(x.flatten(2).mT).unflatten(0, t.shape), (time, skips)  # (B, K, N, D)
-
 
 class UNetUp(nn.Module):
     """The up half: from the transformer's vectors, t and the long skip to the prediction for every latent."""
 
     def __init__(self, cfg, time_dim=128):
         super().__init__()
-        widths = [cfg.unet_dim * 2**i for i in range(int(math.log2(cfg.patch_size)) + 1)][::-1]
-        self.side = cfg.latent_size // cfg.patch_size
+        self.grid = cfg.grid
+        widths = [cfg.unet_dim * 2**i for i in range(cfg.patch_size.bit_length())][::-1]
         self.first = nn.Linear(cfg.dim, widths[0])
         self.blocks = nn.ModuleList(ResBlock(2 * width, width, time_dim) for width in widths)
         self.grow = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairwise(widths))
@@ -463,28 +420,25 @@ class UNetUp(nn.Module):
 
     def forward(self, x, h_in):
         (time, skips), shape = h_in, x.shape[:2]
-        x = self.first(x.flatten(0, 1)).mT.unflatten(-1, (self.side, self.side))
-        for block, skip, grow in zip(self.blocks, reversed(skips), [*self.grow, None]):
-            x = block(torch.cat([x, skip], 1), time)
-            x = grow(x) if grow else x
+        x = self.first(x.flatten(0, 1)).mT.unflatten(-1, (self.grid, self.grid))
+        for block, skip, grow in zip(self.blocks, reversed(skips), [*self.grow, nn.Identity()]):
+            x = grow(block(torch.cat([x, skip], 1), time))
         return self.last(x).unflatten(0, shape)                                # (B, K, C, H, W)
-
 
 PATCH_CODERS = {"linear": (LinearPatchEncoder, LinearPatchDecoder), "unet": (UNetDown, UNetUp)}
 
-
 # ---- The model and its loss ------------------------------------------------------------------------------------------
-
 
 def take(x, index):
     """Rows of x (B, M, D) by index (B, T) -> (B, T, D)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
+def mean_where(x, counts):
+    return (x * counts).sum() / counts.sum().clamp(min=1)
 
 def nth_patch(image_id):
     """(B, T): which of its row's patches, all images in one list, an image place holds. Elsewhere any number."""
     return (image_id >= 0).cumsum(1).sub(1).clamp(min=0)
-
 
 def token_losses(logits, tokens, image_id):
     """-log P(next token) of each place but the last, and which of them count: both (B, T - 1).
@@ -496,7 +450,6 @@ def token_losses(logits, tokens, image_id):
     counts = (inputs != BOI) & (image_id[:, :-1] < 0) & (targets != PAD)
     error = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return error.view_as(targets), counts
-
 
 class Transfusion(nn.Module):
     def __init__(self, cfg, vocab_size):
@@ -575,16 +528,14 @@ class Transfusion(nn.Module):
 
         # Diffusion loss: the mean square error of every image, then the mean over the images of the batch.
         error = (pred - diffusion_target(latents, eps, t, self.cfg.target)).square().mean((2, 3, 4))  # (B, K)
-        loss_ddpm = (error * exists).sum() / exists.sum().clamp(min=1)
+        loss_ddpm = mean_where(error, exists)
 
         # LM loss: a mean over the tokens that count.
         error, counts = token_losses(logits, tokens, image_id)
-        counts = counts & ~drop[:, None]
-        loss_lm = (error * counts).sum() / counts.sum().clamp(min=1)
+        loss_lm = mean_where(error, counts & ~drop[:, None])
         # DEVIATION: lambda_ddpm is 1.5, the paper's is 5. On 256 validation examples after 1280 steps, 5 told 0.80 of
         # the pictures right, and 2 told 0.95; of the captions they drew 0.99 and 0.97 right (guidance 3).
         return loss_lm + self.cfg.lambda_ddpm * loss_ddpm, loss_lm, loss_ddpm
-
 
     def draw(self, look, logits, shape, steps, cfg_scale, sampler):
         """Diffusion mode: denoise images of the given shape (B, 1, C, H, W), and yield them after every step.
@@ -597,9 +548,7 @@ class Transfusion(nn.Module):
             xt = p_sample(xt, guide(pred, cfg_scale), t, t_next, self.cfg.target, sampler)
             yield xt
 
-
 # ---- Generation ------------------------------------------------------------------------------------------------------
-
 
 def guide(out, cfg_scale):
     """Classifier-free guidance: away from the answer without the text. Rows with text come first, then their twins."""
@@ -608,19 +557,16 @@ def guide(out, cfg_scale):
     with_text, without = out.chunk(2)
     return without + cfg_scale * (with_text - without)
 
-
 @torch.no_grad()
 def generate(model, tokens, image_id, latents, max_length=None, max_images=1, steps=50, cfg_scale=2.0, sampler="ddim",
              temperature=0.0, watch=None):
     """Go on from prompts until EOS, in one loop of two states. It is the LM head that switches, by saying BOI.
 
     Takes tokens, image_id (as pack makes them with end=False) and clean latents (K may be 0). Returns the same three,
-    with what was written in tokens and image_id, and max_images more slots in latents, zero where nothing was drawn
-    (cut off the slots that no row uses before you give them to the model again).
-    No row gets longer than max_length (the default has room for 64 tokens and the images) or draws more than
-    max_images: there it ends. temperature 0 is greedy, as in the paper; cfg_scale 1 is no guidance. `watch`, if given,
-    is called with the three so far (copy what you keep) after every token and every denoising step. Raises ValueError
-    if a prompt does not fit.
+    with what was written, and max_images more slots in latents, zero where nothing was drawn (cut off those that no row
+    uses before you give them to the model again). A row ends at max_length (by default room for 64 tokens and the
+    images) or max_images. temperature 0 is greedy, as in the paper; cfg_scale 1 is no guidance. `watch`, if given, is
+    called with the three so far (copy what you keep) after every step. Raises ValueError if a prompt does not fit.
     """
     cfg, B, n, device = model.cfg, len(tokens), model.cfg.n_patches, tokens.device
     max_length = max_length or tokens.shape[1] + 64 + max_images * (n + 2)
@@ -631,13 +577,11 @@ def generate(model, tokens, image_id, latents, max_length=None, max_images=1, st
     most_images = n_images + max_images
     length = ((tokens != PAD) * torch.arange(1, tokens.shape[1] + 1, device=device)).amax(1)
 
-    # Guidance compares with what the model would draw without the text. So every row gets a twin with the same marks
-    # and images and no text, the same null form as in training: rows B to 2B, mostly shorter.
-    guided = cfg_scale != 1
-
     def with_twins(x, twins=None):
-        """Rows for the twins added to x, by default the same ones."""
-        return torch.cat([x, x if twins is None else twins]) if guided else x
+        """For guidance every row gets a twin, a row with the same marks and images and no text, the null form of
+        training: rows B to 2B, mostly shorter. This adds the twins' rows to x, by default the same ones.
+        """
+        return x if cfg_scale == 1 else torch.cat([x, x if twins is None else twins])
 
     n_text = (tokens >= N_SPECIAL).sum(1)
     null_tokens, null_id = without_text(tokens, image_id, torch.ones_like(n_text, dtype=torch.bool))
@@ -647,9 +591,8 @@ def generate(model, tokens, image_id, latents, max_length=None, max_images=1, st
     logits = torch.zeros(len(cache.length), model.lm_head.out_features, device=device)  # at each row's last place
 
     def append(new_tokens, new_id, n_keep, new_latents=None):
-        """Run new places behind every row, images clean at t = 0, and keep the first n_keep (rows,) of them.
-
-        The logits at the last place kept are remembered, and the tokens of the real rows, not of the twins.
+        """Run new places behind every row, images clean at t = 0, and keep the first n_keep (rows,) of them, also the
+        logits at the last of these and the tokens.
         """
         t = None if new_latents is None else torch.zeros(new_latents.shape[:2], device=device)
         out, _ = model(new_tokens, new_id, new_latents, t, cache)
@@ -702,9 +645,7 @@ def generate(model, tokens, image_id, latents, max_length=None, max_images=1, st
         else:
             return so_far()
 
-
 # ---- VAE: pictures to latents and back -------------------------------------------------------------------------------
-
 
 class VAE(nn.Module):
     """A small convolutional VAE, trained first and then frozen. Pictures are uint8 (B, H, W, 3)."""
@@ -757,7 +698,6 @@ class VAE(nn.Module):
         x = self.decoder(latents * self.std + self.mean).clamp(-1, 1)
         return ((x + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)
 
-
 def make_batch(documents, vae, tokenizer, cfg, end=True):
     """Documents, lists of str and uint8 (H, W, 3) pictures, as tokens, image_id and latents: the data contract."""
     tokens, image_id = pack(documents, tokenizer, cfg.n_patches, end=end)
@@ -770,38 +710,29 @@ def make_batch(documents, vae, tokenizer, cfg, end=True):
         latents[filled.to(latents.device)] = vae.encode(everything)
     return tokens.to(latents.device), image_id.to(latents.device), latents
 
-
 # ---- Chameleon: the baseline, with discrete images -------------------------------------------------------------------
 
-
 def quantise(z, levels):
-    """Finite scalar quantisation (Mentzer et al., 2023): every number takes the nearest of `levels` values.
+    """Finite scalar quantisation (Mentzer et al., 2023): every number takes the nearest of `levels` values around 0.
 
-    They are ..., -1.5, -0.5, 0.5, 1.5, ... or ..., -1, 0, 1, ... The gradient passes as if nothing had been rounded.
-    DEVIATION: the paper's quantiser looks up the nearest of 16,384 learned vectors, with a codebook loss (beta 0.25).
-    Here the codes are a fixed grid: no codebook to train or to collapse, and a code is its vector, so that the
-    transformer needs no table either.
+    DEVIATION: the paper's quantiser takes the nearest of 16,384 learned vectors, with a codebook loss (beta 0.25). Here
+    the codes are a fixed grid: no codebook to train or to collapse, and a code's number follows from its vector.
     """
-    most = (levels - 1) / 2
-    z = z.tanh() * most
-    rounded = (z + most).round() - most
-    return z + (rounded - z).detach()
-
+    z, middle = z.tanh() * (levels - 1) / 2, (levels - 1) / 2
+    return z + ((z + middle).round() - middle - z).detach()                    # the gradient sees no rounding
 
 def codes_of(latents, levels):
-    """Quantised (B, K, C, H, W) -> codes (B, K, H * W) in 0 ... levels ** C - 1: C digits to the base `levels`."""
-    digits = (latents + (levels - 1) / 2).round().long().flatten(-2).mT       # (B, K, N, C)
+    """Quantised (B, K, C, H, W) -> codes (B, K, H * W), numbers with C digits to the base `levels`."""
+    digits = (latents + (levels - 1) / 2).round().long().flatten(-2).mT        # (B, K, N, C)
     return (digits * levels ** torch.arange(digits.shape[-1], device=digits.device)).sum(-1)
-
 
 def latents_of(codes, levels, shape):
     """The inverse of codes_of: (B, K, N) -> (B, K, C, H, W), with (C, H, W) = shape."""
     digits = codes[..., None] // levels ** torch.arange(shape[0], device=codes.device) % levels
     return (digits - (levels - 1) / 2).mT.unflatten(-1, shape[1:])
 
-
 class QuantisedVAE(VAE):
-    """The VAE with its bottleneck quantised: no noise, no KL loss, and latents that are codes."""
+    """The VAE with a quantised bottleneck: no noise, no KL loss."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -818,7 +749,6 @@ class QuantisedVAE(VAE):
 
     def calibrate(self, pictures):
         """Nothing to do: the grid has its scale."""
-
 
 class Chameleon(Transfusion):
     """The discrete baseline (arXiv 2405.09818). The same transformer, sequence and generation loop; what changes:
@@ -841,35 +771,28 @@ class Chameleon(Transfusion):
         """Nothing: the logits have said it."""
 
     def loss(self, tokens, image_id, latents):
-        """(loss, that of the text, that of the images), where the loss is a mean over all tokens, text and codes."""
+        """(loss, that of the text, that of the images), where the loss is a mean over all tokens, words and codes."""
         drop = rows_to_drop(tokens, self.cfg.drop_text)
         tokens, image_id = without_text(tokens, image_id, drop)
         logits, _ = self(tokens[:, :-1], image_id[:, :-1], latents)
-        is_code, targets = image_id[:, 1:] >= 0, tokens[:, 1:]
-        if latents.shape[1]:
-            codes = self.vocab_size + codes_of(latents, self.cfg.code_levels).flatten(1)
-            targets = targets.where(~is_code, codes.gather(1, nth_patch(image_id)[:, 1:]))
-        error = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-        z_loss = self.cfg.z_loss * logits.logsumexp(-1).square()
-        is_text = ~is_code & (targets != PAD) & ~drop[:, None]
-
-        def mean(x, counts):
-            return (x * counts).sum() / counts.sum().clamp(min=1)
-        return mean(error + z_loss, is_text | is_code), mean(error, is_text), mean(error, is_code)
+        codes = F.pad(self.vocab_size + codes_of(latents, self.cfg.code_levels).flatten(1), (0, 1))
+        tokens = tokens.where(image_id < 0, codes.gather(1, nth_patch(image_id)))
+        error, is_text = token_losses(logits, tokens, image_id)
+        is_text, is_code = is_text & ~drop[:, None], image_id[:, 1:] >= 0
+        loss = mean_where(error + self.cfg.z_loss * logits.logsumexp(-1) ** 2, is_text | is_code)
+        return loss, mean_where(error, is_text), mean_where(error, is_code)
 
     def draw(self, look, logits, shape, steps, cfg_scale, sampler):
-        """Code after code, at temperature 1; `steps` and `sampler` are diffusion's. Yields like Transfusion.draw."""
-        codes = torch.zeros(shape[0], 1, shape[-2] * shape[-1], dtype=torch.long, device=logits.device)
-        for n in range(codes.shape[-1]):
+        """Like Transfusion.draw, but code after code at temperature 1; `steps` and `sampler` are diffusion's."""
+        codes = torch.zeros(shape[0], 1, self.cfg.n_patches, dtype=torch.long, device=logits.device)
+        for n in range(self.cfg.n_patches):
             probability = guide(logits, cfg_scale)[:, self.vocab_size:].softmax(-1)
             codes[:, 0, n] = torch.multinomial(probability, 1)[:, 0]
-            latents = latents_of(codes, self.cfg.code_levels, shape[-3:])
+            latents = latents_of(codes, self.cfg.code_levels, self.cfg.latent_shape)
             yield latents
-            logits = look(latents, logits.new_zeros(()))[0][:, n]              # causal: what is drawn later is not seen
-
+            logits = look(latents, logits.new_zeros(()))[0][:, n]              # causal: what is still to come is unseen
 
 def make_models(cfg, vocab_size):
-    """The transformer and the VAE that cfg.model names, new."""
-    if cfg.model == "chameleon":
-        return Chameleon(cfg, vocab_size), QuantisedVAE(cfg)
-    return Transfusion(cfg, vocab_size), VAE(cfg)
+    """The transformer and the VAE that cfg.model names, untrained."""
+    kinds = {"transfusion": (Transfusion, VAE), "chameleon": (Chameleon, QuantisedVAE)}
+    return kinds[cfg.model][0](cfg, vocab_size), kinds[cfg.model][1](cfg)
