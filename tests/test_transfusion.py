@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import transfusion
-from transfusion import (BOI, BOS, EOI, EOS, MARKS, PAD, PRESETS, VAE, Config, KVCache, Tokenizer, Transfusion,
-                         dense_mask, diffusion_target, generate, make_batch, mixed_mask, p_sample, pack, patchify,
-                         q_sample, token_losses, unpatchify, without_text, x0_and_eps)
+from transfusion import (BOI, BOS, EOI, EOS, MARKS, PAD, PRESETS, VAE, Config, KVCache, QuantisedVAE, Tokenizer,
+                         Transfusion, UNetDown, UNetUp, codes_of, dense_mask, diffusion_target, generate, guide,
+                         latents_of, make_batch, make_models, mixed_mask, p_sample, pack, patchify, q_sample, quantise,
+                         rows_to_drop, token_losses, unpatchify, without_text, x0_and_eps)
 
 WORDS = ["a", "red", "blue", "circle", "square", "above", "."]
 IMAGE = None  # pack takes anything that is not a str for an image
@@ -20,18 +21,23 @@ TINY = {"dim": 32, "n_layers": 2, "n_heads": 2, "vae_dim": 8}
 def tiny(vocab_size=None, seed=0, **options):
     """A small model with random weights in every place."""
     torch.manual_seed(seed)
-    model = Transfusion(Config(**{**TINY, **options}), vocab_size or len(Tokenizer(WORDS)))
+    model, _ = make_models(Config(**{**TINY, **options}), vocab_size or len(Tokenizer(WORDS)))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model.requires_grad_(False).eval()
 
 
 def batch(documents, cfg, **options):
-    """tokens, image_id and random latents and times of documents whose images are IMAGE."""
+    """tokens, image_id and random latents (for Chameleon, codes) and times of documents whose images are IMAGE."""
     tokens, image_id = pack(documents, Tokenizer(WORDS), cfg.n_patches, **options)
     k = int(image_id.max()) + 1
-    shape = (len(documents), k, cfg.latent_channels, cfg.latent_size, cfg.latent_size)
-    return tokens, image_id, torch.randn(shape), torch.rand(len(documents), k)
+    latents = random_latents(cfg, len(documents), k)
+    return tokens, image_id, latents, torch.rand(len(documents), k)
+
+
+def random_latents(cfg, *shape):
+    latents = torch.randn(*shape, *cfg.latent_shape)
+    return quantise(latents, cfg.code_levels) if cfg.model == "chameleon" else latents
 
 
 # ---- The sequence ----------------------------------------------------------------------------------------------------
@@ -77,6 +83,20 @@ def test_the_mask_is_causal_and_open_inside_an_image():
         "############.",  # EOI
         "#############",  # EOS
     ]
+
+
+def test_without_bidirectional_the_mask_is_causal_and_nothing_else():
+    _, image_id = pack([["red.", IMAGE, "a", IMAGE]], Tokenizer(WORDS), n_patches=2)
+    mask = dense_mask(mixed_mask(image_id, bidirectional=False), torch.arange(13)[None], 13)[0, 0]
+    assert mask.equal(torch.ones(13, 13).tril().bool())
+
+
+def test_only_rows_with_a_captioned_image_are_dropped():
+    documents = [["a red", IMAGE], [IMAGE, "a red"], ["a red"], [IMAGE, "a", IMAGE], [IMAGE]]
+    tokens, _ = pack(documents, Tokenizer(WORDS), n_patches=2)
+    assert rows_to_drop(tokens, 1.0).tolist() == [True, False, False, True, False]
+    share = rows_to_drop(tokens[:1].expand(5000, -1), 0.1).float().mean().item()
+    assert share == pytest.approx(0.1, abs=0.03) and not rows_to_drop(tokens, 0.0).any()
 
 
 def test_without_text_is_the_same_document_packed_without_its_text():
@@ -155,9 +175,17 @@ def test_the_ancestral_sampler_has_ddpms_posterior_variance():
 
 # ---- Who sees what ---------------------------------------------------------------------------------------------------
 
-def test_every_place_depends_on_exactly_what_the_mask_lets_it_see():
-    """By gradient, through all layers: no logit moves when a later token does, a patch sees its image and no later."""
-    model = tiny()
+KINDS = {"default": {}, "causal": {"bidirectional": False}, "unet": {"patch_encoder": "unet"},
+         "chameleon": {"model": "chameleon"}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_place_depends_on_exactly_what_the_mask_lets_it_see(kind):
+    """By gradient, through all layers: no logit moves when a later token does, a patch sees its image and no later.
+
+    Chameleon, and causal images, see nothing that comes later at all.
+    """
+    model = tiny(**KINDS[kind])
     tokens, image_id, latents, t = batch([["a red", IMAGE, "above", IMAGE]], model.cfg)
     seen = {}
 
@@ -166,14 +194,16 @@ def test_every_place_depends_on_exactly_what_the_mask_lets_it_see():
         return seen["x"], *args[1:]
     model.blocks[0].register_forward_pre_hook(keep_input)
     logits, _ = model(tokens, image_id, latents, t)
-    mask = dense_mask(mixed_mask(image_id), torch.arange(tokens.shape[1])[None], tokens.shape[1])[0, 0]
+    may_see = mixed_mask(image_id, bidirectional=kind in ("default", "unet"))
+    mask = dense_mask(may_see, torch.arange(tokens.shape[1])[None], tokens.shape[1])[0, 0]
     for q in range(tokens.shape[1]):
         grad, = torch.autograd.grad(logits[0, q].square().sum(), seen["x"], retain_graph=True)
         assert (grad[0].abs().amax(1) > 0).equal(mask[q]), q
 
 
-def test_an_image_depends_on_its_own_time_and_on_earlier_images_only():
-    model = tiny()
+@pytest.mark.parametrize("kind", ["default", "causal", "unet"])
+def test_an_image_depends_on_its_own_time_and_on_earlier_images_only(kind):
+    model = tiny(**KINDS[kind])
     tokens, image_id, latents, t = batch([["a", IMAGE, "red", IMAGE]], model.cfg)
     latents.requires_grad_(), t.requires_grad_()
     _, pred = model(tokens, image_id, latents, t)
@@ -181,6 +211,21 @@ def test_an_image_depends_on_its_own_time_and_on_earlier_images_only():
     second = torch.autograd.grad(pred[:, 1].square().sum(), (latents, t))
     assert all(grad[:, 0].abs().sum() > 0 and grad[:, 1].abs().sum() == 0 for grad in first)
     assert all(grad[:, 0].abs().sum() > 0 and grad[:, 1].abs().sum() > 0 for grad in second)
+
+
+def test_chameleon_draws_code_after_code():
+    """No logit up to a code depends on it, and every later one does: the place of a code predicts the next."""
+    model = tiny(model="chameleon")
+    tokens, image_id, latents, _ = batch([["a", IMAGE, "red", IMAGE]], model.cfg)
+    before, _ = model(tokens, image_id, latents)
+    first_place = (image_id[0] == 0).nonzero()[0].item()
+    for n in (0, 5, 15):
+        other = latents.clone()
+        row, column = divmod(n, model.cfg.grid)
+        other[0, 0, :, row, column] = other[0, 0, :, row, column].roll(1) * -1
+        assert not other.equal(latents)
+        moved = (model(tokens, image_id, other)[0] - before)[0].abs().amax(-1) > 1e-5
+        assert not moved[:first_place + n].any() and moved[first_place + n:].all()
 
 
 def test_padding_and_the_rest_of_the_batch_change_nothing():
@@ -203,6 +248,28 @@ def test_patches_are_squares_in_raster_order():
         square = latents[:, :, row:row + 2, column:column + 2]
         assert patches[:, n].sort().values.equal(square.flatten(1).sort().values)
     assert unpatchify(patches, 2, 3).equal(latents)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+def test_the_unet_makes_patches_of_every_size_and_depends_on_t_and_the_skip(patch_size):
+    cfg = Config(**TINY, patch_size=patch_size, patch_encoder="unet", unet_dim=8)
+    torch.manual_seed(0)
+    down, up, latents, t = UNetDown(cfg), UNetUp(cfg), torch.randn(3, 2, 4, 8, 8), torch.rand(3, 2)
+    with torch.no_grad():
+        patches, h_in = down(latents, t)
+        other_patches, other_h_in = down(latents, 1 - t)
+        pred = up(patches, h_in)
+        assert patches.shape == (3, 2, cfg.n_patches, cfg.dim) and pred.shape == latents.shape
+        assert (patches - other_patches).abs().amax((2, 3)).min() > 1e-3           # every image's patches know its t
+        (time, skips), (other_time, _) = h_in, other_h_in
+        assert (up(patches, (other_time, skips)) - pred).abs().amax((2, 3, 4)).min() > 1e-3
+        assert len(skips) == int(math.log2(patch_size)) + 1
+        for i in range(len(skips)):
+            without = [torch.zeros_like(skip) if i == j else skip for j, skip in enumerate(skips)]
+            assert (up(patches, (time, without)) - pred).abs().max() > 1e-3        # every size has its skip
+        assert up(patches + 1, h_in).sub(pred).abs().max() > 1e-3
+        one, _ = down(latents[:1, :1], t[:1, :1])                                  # images do not mix
+        torch.testing.assert_close(one[0, 0], patches[0, 0], atol=1e-5, rtol=1e-5)
 
 
 def test_patches_know_their_place():
@@ -259,22 +326,30 @@ def test_the_joint_loss_weighs_tokens_and_images(monkeypatch):
     assert alone > 0 and abs(loss_ddpm / alone - 1) < 0.5
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_one_batch_is_overfitted(target):
+SWITCHES = [*({"target": target} for target in TARGETS), {"bidirectional": False}, {"noise_cap": 1.0},
+            {"qk_norm": True}, {"t_dist": "uniform"}, {"lambda_ddpm": 5.0}, {"drop_text": 0.0},
+            {"patch_position": False},
+            *({"patch_size": size, "patch_encoder": kind} for size in (1, 4) for kind in ("linear", "unet")),
+            {"patch_encoder": "unet"}, {"model": "chameleon"}, {"model": "chameleon", "patch_size": 4}]
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: "-".join(map(str, switch.values())))
+def test_one_batch_is_overfitted(switch):
     torch.manual_seed(0)
-    model = Transfusion(Config(**TINY, target=target), len(Tokenizer(WORDS)))
-    tokens, image_id, latents, _ = batch([["a red circle.", IMAGE], [IMAGE, "a blue square."]] * 16, model.cfg)
-    latents = latents[:2].repeat(16, 1, 1, 1, 1)
+    cfg = Config(**TINY, unet_dim=8, **switch)
+    model, _ = make_models(cfg, len(Tokenizer(WORDS)))
+    tokens, image_id, latents, _ = batch([["a red circle.", IMAGE], [IMAGE, "a blue square."]] * 8, cfg)
+    latents = latents[:2].repeat(8, 1, 1, 1, 1)
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=4e-3), []
-    for _ in range(150):
-        loss, loss_lm, loss_ddpm = model.loss(tokens, image_id, latents)
+    for _ in range(120):
+        loss, *parts = model.loss(tokens, image_id, latents)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append((loss_lm.item(), loss_ddpm.item()))
+        losses.append([part.item() for part in parts])
     first, last = losses[0], [sum(column) / 10 for column in zip(*losses[-10:])]
     assert last[0] < 0.1 * first[0]  # what is left is which of the two documents it is
-    assert last[1] < 0.6 * first[1]
+    assert last[1] < (0.1 if cfg.model == "chameleon" else 0.7) * first[1]
 
 
 # ---- Generation ------------------------------------------------------------------------------------------------------
@@ -321,7 +396,7 @@ def generate_slowly(model, tokens, image_id, latents, max_length, steps, cfg_sca
         k = images.shape[1]
         if tokens[0, -1] != BOI:
             logits, _ = model(tokens, image_id, images, torch.zeros(1, k))
-            token = torch.multinomial((logits[:, -1] / temperature).softmax(-1), 1).item()
+            token = torch.multinomial((logits[:, -1, :model.vocab_size] / temperature).softmax(-1), 1).item()
             tokens, image_id = extended([token], -1)
             continue
         if tokens.shape[1] + cfg.n_patches >= max_length:
@@ -329,7 +404,19 @@ def generate_slowly(model, tokens, image_id, latents, max_length, steps, cfg_sca
         tokens, image_id = extended([PAD] * cfg.n_patches, k)
         null = without_text(tokens, image_id, torch.tensor([True]))
         kept = tokens.shape[1] - (tokens >= len(MARKS)).sum()
-        x = torch.randn(1, 1, cfg.latent_channels, cfg.latent_size, cfg.latent_size)
+        if cfg.model == "chameleon":
+            codes = torch.zeros(1, 1, cfg.n_patches, dtype=torch.long)
+            for n in range(cfg.n_patches):
+                x = latents_of(codes, cfg.code_levels, cfg.latent_shape)
+                logits, _ = model(tokens, image_id, torch.cat([images, x], 1))
+                without, _ = model(null[0][:, :kept], null[1][:, :kept], torch.cat([images, x], 1))
+                logits, without = logits[:, n - cfg.n_patches - 1], without[:, n - cfg.n_patches - 1]
+                guided = (without + cfg_scale * (logits - without))[:, model.vocab_size:]
+                codes[0, 0, n] = torch.multinomial(guided.softmax(-1), 1).item()
+            images = torch.cat([images, latents_of(codes, cfg.code_levels, cfg.latent_shape)], 1)
+            tokens, image_id = extended([EOI], -1)
+            continue
+        x = torch.randn(1, 1, *cfg.latent_shape)
         for t, t_next in pairwise(torch.linspace(1, 0, steps + 1)):
             times = torch.cat([torch.zeros(1, k), t.view(1, 1)], 1)
             pred = model(tokens, image_id, torch.cat([images, x], 1), times)[1][:, -1:]
@@ -340,19 +427,19 @@ def generate_slowly(model, tokens, image_id, latents, max_length, steps, cfg_sca
     return tokens, image_id, images
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-@pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
-def test_generation_with_the_cache_equals_generation_without(sampler, cfg_scale):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampler, cfg_scale", [("ddim", 2.5), ("ddpm", 1.0)])
+def test_generation_with_the_cache_equals_generation_without(kind, sampler, cfg_scale):
     """Same seed, same tokens, same switches, same images: from a prompt that already holds an image."""
     tokenizer, drawn = Tokenizer(WORDS), 0
     for seed in range(40):
         if drawn >= 3:
             break
-        model = tiny(seed=seed)
-        model.lm_head.weight[len(MARKS):] *= 0.2
+        model = tiny(seed=seed, **KINDS[kind])
+        model.lm_head.weight[len(MARKS):model.vocab_size] *= 0.2
         model.lm_head.weight[BOI] *= 3                                         # make it draw more often
         tokens, image_id = pack([["a red", IMAGE, "a"]], tokenizer, model.cfg.n_patches, end=False)
-        latents = torch.randn(1, 1, 4, 8, 8)
+        latents = random_latents(model.cfg, 1, 1)
         options = {"max_length": 64, "steps": 4, "cfg_scale": cfg_scale, "temperature": 1.5, "sampler": sampler}
         torch.manual_seed(seed)
         slow = generate_slowly(model, tokens, image_id, latents, **options)
@@ -427,6 +514,73 @@ def test_generation_stops_at_its_limit_and_ends_with_what_it_was_given():
     assert (out_id >= 0).sum() in (0, model.cfg.n_patches)
 
 
+def test_guidance_moves_away_from_the_answer_without_the_text():
+    with_text, without = torch.randn(3, 5), torch.randn(3, 5)
+    out = torch.cat([with_text, without])
+    torch.testing.assert_close(guide(out, 3.0), 3 * with_text - 2 * without)
+    assert guide(with_text, 1) is with_text
+
+
+# ---- Chameleon's codes -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("levels, dim", [(5, 4), (4, 3), (2, 6)])
+def test_codes_are_in_range_and_come_back(levels, dim):
+    z = torch.randn(2, 3, dim, 4, 4) * 4
+    latents = quantise(z, levels)
+    assert (latents - (levels - 1) / 2).frac().abs().max() == 0                    # on the grid
+    assert latents.abs().max() <= (levels - 1) / 2 and len(latents.unique()) == levels
+    codes = codes_of(latents, levels)
+    assert codes.shape == (2, 3, 16) and codes.min() >= 0 and codes.max() < levels**dim
+    assert latents_of(codes, levels, (dim, 4, 4)).equal(latents)
+    every = torch.arange(levels**dim).view(1, 1, -1)
+    assert codes_of(latents_of(every, levels, (dim, levels**dim, 1)), levels).equal(every)
+
+
+def test_the_gradient_passes_through_the_quantiser():
+    z = torch.linspace(-2, 2, 50, requires_grad=True)
+    grad, = torch.autograd.grad(quantise(z, 5).sum(), z)
+    torch.testing.assert_close(grad, 2 * (1 - z.detach().tanh() ** 2))             # that of 2 tanh, all along the steps
+
+
+def test_codes_to_picture_to_codes():
+    """A trained tokenizer: its pictures are what it was trained on, and their codes are the codes they came from."""
+    torch.manual_seed(0)
+    cfg = Config(**{**TINY, "vae_dim": 16}, model="chameleon")
+    vae = QuantisedVAE(cfg)
+    pictures = torch.randint(0, 256, (16, 4, 4, 3)).repeat_interleave(8, 1).repeat_interleave(8, 2).to(torch.uint8)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=4e-3)
+    for _ in range(300):
+        optimizer.zero_grad()
+        vae.loss(pictures).backward()
+        optimizer.step()
+    assert all(p.grad.abs().sum() > 0 for name, p in vae.encoder.named_parameters() if not name.endswith("bias"))
+    vae.eval()
+    vae.calibrate(pictures)
+    latents = vae.encode(pictures)
+    codes = codes_of(latents[None], cfg.code_levels)[0]
+    assert latents.shape == (16, 4, 4, 4) and codes.shape == (16, 16) and len(codes.unique()) > 30
+    again = vae.decode(latents_of(codes[None], cfg.code_levels, cfg.latent_shape)[0])
+    assert (again.float() - pictures).abs().mean() < 0.5 * (pictures - pictures.float().mean()).abs().mean()
+    assert (codes_of(vae.encode(again)[None], cfg.code_levels)[0] == codes).float().mean() > 0.5  # chance: under 1 %
+
+
+def test_chameleon_trains_images_by_their_codes_alone():
+    """The loss of a code is that of the next token at the place before it, BOI's for the first."""
+    model = tiny(model="chameleon", drop_text=0.0, z_loss=0.0)
+    tokens, image_id, latents, _ = batch([["a", IMAGE]], model.cfg)
+    loss, loss_text, loss_image = model.loss(tokens, image_id, latents)
+    log_p = model(tokens, image_id, latents)[0][0].log_softmax(-1)
+    codes = model.vocab_size + codes_of(latents, model.cfg.code_levels)[0, 0]
+    boi = tokens[0].tolist().index(BOI)
+    by_hand = -torch.stack([log_p[boi + n, code] for n, code in enumerate(codes)])
+    torch.testing.assert_close(loss_image, by_hand.mean())
+    text = -torch.stack([log_p[i, tokens[0, i + 1]] for i in (0, 1, boi + 17)])    # BOS a | BOI codes | EOI
+    torch.testing.assert_close(loss_text, text.mean())
+    torch.testing.assert_close(loss, torch.cat([by_hand, text]).mean())
+    with_z = tiny(model="chameleon", drop_text=0.0, z_loss=1.0).loss(tokens, image_id, latents)[0]
+    assert with_z > loss + 1
+
+
 # ---- VAE, presets, options -------------------------------------------------------------------------------------------
 
 def test_make_batch_puts_every_picture_in_its_slot():
@@ -472,6 +626,7 @@ def test_the_papers_sizes_have_the_papers_parameters(name):
 
 @pytest.mark.parametrize("options, word", [
     ({"dim": 99}, "n_heads"), ({"patch_size": 3}, "patch_size"), ({"image_size": 48}, "2, 4, 8"),
+    ({"patch_size": 16}, "patch_size"), ({"patch_encoder": "conv"}, "patch_encoder"), ({"model": "gpt"}, "model"),
     ({"target": "noise"}, "target"), ({"t_dist": "normal"}, "t_dist"),
 ])
 def test_a_config_that_cannot_be_says_why(options, word):
