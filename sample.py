@@ -1,7 +1,8 @@
 """Write and draw with a trained run.
 
-    python sample.py "a small red circle above a big blue square."   draws it
+    python sample.py "a red circle above a blue square."             draws it
     python sample.py "<picture.png>"                                 says what the picture shows
+    python sample.py "<picture.png> make the red circle green."      edits it, after train.py --task edit
     python sample.py                                                 lets the model write and draw what it likes
 
 A prompt is text, in which <file.png> stands for a picture. Several prompts run as one batch. The model goes on from the
@@ -23,11 +24,10 @@ from data.canvas import enlarge, half_blocks
 from train import load_run, pick_device
 from transfusion import MARKS, N_SPECIAL, PAD, generate, make_batch
 
-
 def parse_options(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="*", help='text, with <file.png> for a picture; none: start from nothing')
-    parser.add_argument("--run", default="runs/shapes", help="folder of the trained run (default: %(default)s)")
+    parser.add_argument("--run", help="folder of the trained run (default: the one in runs that was written last)")
     parser.add_argument("--out", default="samples", help="folder for the pictures (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps, the paper's: 250 (default: 50)")
     parser.add_argument("--cfg-scale", type=float, help="guidance scale, 1 is none (default: the run's)")
@@ -45,7 +45,6 @@ def parse_options(argv):
         parser.error(f"--out must be a folder, and {args.out} is a file")
     return args
 
-
 def parse_prompt(prompt, image_size):
     """"some text <a.png> more text" -> a document: ["some text", picture, "more text"]."""
     parts = re.split(r"<([^<>]+)>", prompt)
@@ -54,7 +53,6 @@ def parse_prompt(prompt, image_size):
     for file, text in zip(files, texts[1:]):
         document += [load_picture(file, image_size), text.strip()]
     return [part for part in document if not isinstance(part, str) or part]
-
 
 def load_picture(file, size):
     """uint8 (size, size, 3) from any picture file: the middle square, made smaller by averaging."""
@@ -67,7 +65,6 @@ def load_picture(file, size):
         sys.exit(f"{file} is not a picture that can be read: {error}")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return np.array(ImageOps.fit(image, (size, size), Image.BOX))
-
 
 def as_text(tokens, image_id, tokenizer):
     """A sequence as a person reads it: its words, its marks, and its images as a number of patches."""
@@ -84,7 +81,6 @@ def as_text(tokens, image_id, tokenizer):
         else:
             pieces += ["[" + MARKS[token] + "]" for token in ids if token != PAD]
     return " ".join(pieces)
-
 
 class Screen:
     """Sees every token and every denoising step: prints the first row's text, and keeps the images for the GIFs."""
@@ -108,7 +104,6 @@ class Screen:
         changed = (history.diff(dim=0, prepend=torch.zeros_like(history[:1])) != 0).flatten(1).any(1)
         return history[changed]
 
-
 def save_image(frames, folder):
     """The last frame as a PNG and all of them as an animated GIF, eight times enlarged, under the next free number."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,11 +114,12 @@ def save_image(frames, folder):
     large[0].save(gif, save_all=True, append_images=large[1:], duration=[40] * (len(large) - 1) + [1500], loop=0)
     return png, gif
 
-
 def main(argv=None):
     args = parse_options(argv)
     device = pick_device(args.device)
-    saved, (model, vae, tokenizer) = load_run(args.run, device)
+    newest = max(Path("runs").glob("*/ckpt.pt"), key=os.path.getmtime, default=Path("runs/shapes/ckpt.pt")).parent
+    saved, (model, vae, tokenizer) = load_run(args.run or newest, device)
+    print(f"({args.run or newest})", file=sys.stderr)
     documents = [parse_prompt(prompt, model.cfg.image_size) for prompt in args.prompts or [""]]
     tokens, image_id, latents = make_batch(documents, vae, tokenizer, model.cfg, end=False)
     if tokens.shape[1] >= args.max_length:
@@ -142,7 +138,6 @@ def main(argv=None):
             if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
                 print(half_blocks(frames[-1]))
             print(*save_image(frames, Path(args.out)))
-
 
 if __name__ == "__main__":
     main()

@@ -39,7 +39,6 @@ DEFAULTS = {  # of a run, where they are not those below
     "chameleon": {"vae_steps": 1500},
 }
 
-
 @dataclass
 class Run:
     run: str = option("runs/shapes", "folder for everything the run writes; also runs/text, runs/edit, runs/chameleon")
@@ -71,7 +70,6 @@ class Run:
         if not 0 < self.caption_first <= 1:
             raise ValueError(f"caption_first must be more than 0 and at most 1, not {self.caption_first}")
 
-
 # ---- Optimiser -------------------------------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
@@ -101,7 +99,6 @@ class Muon(torch.optim.Optimizer):
             for p, update in zip(params, x.mT if tall else x):
                 p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * size)
 
-
 def make_optimizers(model, run):
     """Muon for the matrices of the blocks, AdamW for the rest (or for all), weight decay on matrices only."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and run.optimizer == "muon"]
@@ -112,11 +109,9 @@ def make_optimizers(model, run):
     by_shape = [{"params": [p for p in matrices if p.shape == shape]} for shape in sorted({p.shape for p in matrices})]
     return [adamw, Muon(by_shape, run.lr, run.weight_decay)] if matrices else [adamw]
 
-
 def learning_rate(run, step):
     progress = min(1, max(0, step - run.warmup) / max(1, run.steps - run.warmup))
     return run.lr * min((step + 1) / run.warmup, 0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
-
 
 def train_vae(vae, run, pictures):
     pictures = torch.from_numpy(np.stack(pictures or [np.zeros((32, 32, 3), np.uint8)]))  # a text-only run has none
@@ -131,7 +126,6 @@ def train_vae(vae, run, pictures):
         bar.set_postfix(loss=f"{loss.item():.4f}")
     vae.calibrate(pictures[:1000])
     vae.requires_grad_(False).eval()
-
 
 # ---- What is scored --------------------------------------------------------------------------------------------------
 
@@ -173,7 +167,6 @@ class Trained:
         codes = codes_of(latents[None], cfg.code_levels).cpu().numpy() if cfg.model == "chameleon" else None
         return self.vae.decode(latents).cpu().numpy(), codes
 
-
 # ---- The run ---------------------------------------------------------------------------------------------------------
 
 def parse_options(argv):
@@ -187,7 +180,6 @@ def parse_options(argv):
         parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + f" [{f.default}]", **kw)
     return vars(parser.parse_args(argv))
 
-
 def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -196,13 +188,11 @@ def pick_device(name):
     except (RuntimeError, AssertionError):
         sys.exit(f"{name} is not a device that this machine and this torch have; try --device cpu.")
 
-
 def write_whole(path, write):
     """Write a file beside its place and then move it there, so that nobody ever finds half a file."""
     temporary = path.with_name("writing-" + path.name)
     write(temporary)
     os.replace(temporary, path)
-
 
 def load_run(folder, device):
     """(checkpoint, (averaged model, VAE, tokenizer)). Exits with one sentence where there is none that can be used."""
@@ -218,7 +208,6 @@ def load_run(folder, device):
     except Exception as error:
         sys.exit(f"{path} is not a checkpoint that this version can read ({type(error).__name__}).")
     return saved, (model.requires_grad_(False), vae.requires_grad_(False).eval(), tokenizer)
-
 
 def report(folder, step, losses, trained, run):
     """While training, on the validation split: a row of log.csv and a row of progress.png."""
@@ -244,7 +233,6 @@ def report(folder, step, losses, trained, run):
         print(*row.values(), sep=",", file=file)
     tqdm.write("  ".join(f"{name} {value}" for name, value in row.items()))
 
-
 def draw_figure(shown, cfg, tokenizer):
     """The attention mask of a short document, and what was drawn for held-out prompts."""
     tokens, image_id = pack([["a red circle.", None]], tokenizer, n_patches=4)
@@ -254,14 +242,14 @@ def draw_figure(shown, cfg, tokenizer):
     mask = canvas.mask_picture(mask, names, image_id[0] >= 0)
     return canvas.beside(mask, canvas.captioned_grid(*(part[:18] for part in shown))) if shown else mask
 
-
 def main(argv=None):
     given = parse_options(argv)
+    made = {"command": " ".join(["python train.py", *(argv or sys.argv[1:])])}
     preset, resume, eval_only = (given.pop(name, None) for name in ("preset", "resume", "eval_only"))
     for_model = {name: given.pop(name) for name in list(given) if name in Config.__dataclass_fields__}
     try:
         cfg = replace(PRESETS[preset or "laptop"], **for_model)
-        name = "chameleon" if cfg.model == "chameleon" else given.get("task", "shapes")
+        name = given.get("task", "chameleon" if cfg.model == "chameleon" else "shapes")
         run = Run(**{"run": f"runs/{name}", **DEFAULTS.get(name, {}), **given})
     except ValueError as error:
         sys.exit(f"These options do not work: {error}.")
@@ -275,7 +263,7 @@ def main(argv=None):
         saved, (ema, vae, tokenizer) = load_run(old, device)
         cfg = saved["cfg"]
     if resume or eval_only:
-        run = replace(saved["run"], **given)
+        run, made = replace(saved["run"], **given), saved["made"] if resume else {**saved["made"], **made}
     else:
         if folder.exists():  # keep an earlier run under another name
             folder.rename(next(p for i in count(1) if not (p := folder.with_name(f"{folder.name}.{i}")).exists()))
@@ -293,7 +281,7 @@ def main(argv=None):
         # FLOPs as the paper counts them, 6 N D: N parameters without the embedding, D places without padding.
         n_params = sum(p.numel() for p in model.parameters()) - model.token_embedding.weight.numel()
         places = ((tokens != PAD) | (image_id >= 0)).sum().item() / len(tokens)
-        flops = 6 * n_params * places * run.batch_size * run.steps
+        made["flops"] = 6 * n_params * places * run.batch_size * run.steps
         ema.requires_grad_(False)
         optimizers, first, losses = make_optimizers(model, run), 0, []
         if resume:
@@ -305,7 +293,7 @@ def main(argv=None):
         def save(step):
             write_whole(folder / "ckpt.pt", lambda path: torch.save({
                 "cfg": asdict(cfg), "run": asdict(run), "words": tokenizer.words, "step": step, "losses": losses,
-                "flops": flops, "vae": vae.state_dict(), "model": model.state_dict(), "ema": ema.state_dict(),
+                "made": made, "vae": vae.state_dict(), "model": model.state_dict(), "ema": ema.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, path))
 
         stop = []  # Ctrl-C lets the step finish first
@@ -341,20 +329,16 @@ def main(argv=None):
 
     # The scores on held-out facts, and a picture to go with them.
     torch.manual_seed(run.seed)
-    table, shown = evaluate(Trained(ema, vae, tokenizer, run), run.task, run.eval_n, run.seed + 1, run.caption_first,
-                            run.cfg_scale)
+    table, shown = evaluate(Trained(ema, vae, tokenizer, run), run)
     print(f"\n{run.eval_n} held-out examples, seed {run.seed}, {run.sample_steps} {run.sampler} steps",
           *(f"{name:16} {value:8.4f}   {beside}" for name, (value, beside) in table.items()), sep="\n")
     figure = draw_figure(shown, ema.cfg, tokenizer)
     write_whole(folder / "figure.png", lambda path: figure.save(path, "PNG"))
-    metrics = {"scores": table, "minutes": (time.time() - started) / 60,
-               "flops": saved["flops"] if eval_only else flops,
-               "device": str(device), "cores": os.cpu_count(), "torch": torch.__version__, "cfg": asdict(cfg),
-               "run": asdict(run)}
+    metrics = {**made, "minutes": (time.time() - started) / 60, "device": str(device), "cores": os.cpu_count(),
+               "torch": torch.__version__, "cfg": asdict(cfg), "run": asdict(run), "scores": table}
     write_whole(folder / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
     print(f"\nfigure.png, progress.png, log.csv and metrics.json are in {folder}. {metrics['minutes']:.1f} minutes, "
           f"{metrics['flops']:.2g} FLOPs.")
-
 
 if __name__ == "__main__":
     try:

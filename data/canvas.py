@@ -5,17 +5,14 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-
 def enlarge(picture, scale=4):
     picture = Image.fromarray(picture)
     return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
-
 
 def side_by_side(pictures, scale=4):
     """Pictures in one row."""
     frame = [np.pad(picture, ((0, 1), (0, 1), (0, 0)), constant_values=255) for picture in pictures]
     return enlarge(np.concatenate(frame, axis=1), scale)
-
 
 def stack(top, bottom):
     """One Pillow image under the other."""
@@ -24,14 +21,12 @@ def stack(top, bottom):
     both.paste(bottom, (0, top.height))
     return both
 
-
 def beside(left, right, gap=24):
     """Two Pillow images in one, each in the middle of its height."""
     both = Image.new("RGB", (left.width + gap + right.width, max(left.height, right.height)), "white")
     both.paste(left, (0, (both.height - left.height) // 2))
     both.paste(right, (left.width + gap, (both.height - right.height) // 2))
     return both
-
 
 def captioned_grid(pictures, captions, right, columns=6, scale=4):
     """Pictures above their captions; a caption is red where the picture is not what it says."""
@@ -48,7 +43,6 @@ def captioned_grid(pictures, captions, right, columns=6, scale=4):
         pen.text((x, y + height + 3), text, "black" if good else (200, 0, 0), font)
     return grid
 
-
 def mask_picture(mask, names, inside, cell=24, margin=64):
     """A boolean attention mask (T, T): a row for every query, coloured where it may look; red inside an image."""
     picture = Image.new("RGB", (margin + cell * len(names), margin + cell * len(names)), "white")
@@ -64,7 +58,6 @@ def mask_picture(mask, names, inside, cell=24, margin=64):
             x = margin + cell * j
             pen.rectangle((x, at, x + cell - 3, at + cell - 3), fill=colour)
     return picture
-
 
 def half_blocks(picture):
     """A picture as coloured text: every character cell shows an upper and a lower pixel."""

@@ -16,7 +16,6 @@ from data.edits import WORDS as EDIT_WORDS
 WORDS = [*shapes.WORDS, *(word for word in EDIT_WORDS if word not in shapes.WORDS)]
 TEXT_ONLY, SINGLE = 0.1, 0.1  # shares: of all documents, of the pairs
 
-
 def documents(task, n, seed, caption_first=0.8):
     """n training documents of a task; of the pairs of picture and caption, this share has the caption first."""
     rng, result = random.Random(seed), []
@@ -32,7 +31,6 @@ def documents(task, n, seed, caption_first=0.8):
         result.append([part for part in document if isinstance(part, str)] if task == "text" else document)
     return result
 
-
 def examples(split, n, seed):
     """n examples of a split, each as (Scene, caption from either side, picture). A fact may come twice, drawn anew."""
     rng, result = random.Random(seed), []
@@ -40,7 +38,6 @@ def examples(split, n, seed):
         scene = shapes.pick(rng, shapes.SPLITS[split])
         result.append((scene, shapes.describe(scene, rng.random() < 0.5), shapes.render(scene, rng)))
     return result
-
 
 def an_edit(split, rng):
     """(before, after, picture, instruction, edited picture), both Scenes of this split, each kind equally often."""
@@ -53,12 +50,10 @@ def an_edit(split, rng):
             same_jitter = copy.copy(rng)
             return before, after, shapes.render(before, rng), instruction, shapes.render(after, same_jitter)
 
-
 def edit_examples(split, n, seed):
     """n times (before, after, picture, instruction, edited picture). In "test" neither scene was ever trained on."""
     rng = random.Random(seed)
     return [an_edit(split, rng) for _ in range(n)]
-
 
 def entropy(kind, task="shapes", caption_first=0.8):
     """Exact nats per document of the grammar, whose only choices are the kind of document and the fact it tells.

@@ -8,7 +8,6 @@ from data.shapes import COLOURS, FACTS, Scene, Thing
 SIDES = {"left": ("left of", True), "right": ("left of", False), "top": ("above", True), "bottom": ("above", False)}
 POSSIBLE = set(FACTS)
 
-
 def edits(scene):
     """Every instruction that makes another scene of this one, which has two things: {kind: {instruction: Scene}}."""
     first, relation, second = scene
@@ -25,10 +24,8 @@ def edits(scene):
     return {kind: {instruction: after for instruction, after in found.items() if after in POSSIBLE and after != scene}
             for kind, found in kinds.items()}
 
-
 def apply(scene, instruction):
     """The scene that an instruction makes of a scene of two things; None where it makes none, or changes nothing."""
     return {**edits(scene)["make"], **edits(scene)["move"], **edits(scene)["swap"]}.get(" ".join(instruction.split()))
-
 
 WORDS = ["make", "the", "move", "to", *SIDES, "swap", "them"]

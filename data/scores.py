@@ -16,23 +16,24 @@ import numpy as np
 from data import shapes
 from data.documents import edit_examples, entropy, examples
 
-
-def evaluate(model, task, n, seed, caption_first, cfg_scale, split="test"):
-    """Score n held-out examples. Returns {score: (value, what to compare it with)} and, of what was drawn at cfg_scale,
-    pictures (N, 32, 32 or more, 3), what was asked for, and which are right. Text alone draws nothing: None.
+def evaluate(model, run, split="test"):
+    """Score a model on run.eval_n held-out examples. Returns {score: (value, what to compare it with)} and, of what was
+    drawn at run.cfg_scale, pictures (N, 32, 32 or 64, 3), what was asked for, and which are right. A model of text
+    alone draws nothing: None.
     """
+    n, seed = run.eval_n, run.seed + 1
     scenes, captions, pictures = zip(*examples(split, n, seed))
     true, rng, table = np.stack(pictures), random.Random(seed), {}
     flips = [rng.random() < 0.5 for _ in scenes]
     for kind, texts in (("text", list(map(shapes.reasoning, scenes, flips))), ("caption", captions)):
-        log_p, count = map(sum, model.log_likelihood(texts, drawn=kind == "caption" and task != "text"))
-        floor = math.exp(entropy(kind, task, caption_first) * n / count)
+        log_p, count = map(sum, model.log_likelihood(texts, drawn=kind == "caption" and run.task != "text"))
+        floor = math.exp(entropy(kind, run.task, run.caption_first) * n / count)
         table[f"{kind}_ppl"] = math.exp(-log_p / count), f"floor {floor:.4f}: the grammar's own"
     conclusions = [[shapes.reasoning(*fact, relation) for fact in zip(scenes, flips)] for relation in shapes.INVERSE]
     ranks = np.argmax([model.log_likelihood(texts, drawn=False)[0] for texts in conclusions], axis=0)
     answers = list(map(shapes.answer, scenes, flips))
     table["text_acc"] = accuracy([list(shapes.INVERSE)[i] for i in ranks], answers), "chance 0.25"
-    if task == "text":
+    if run.task == "text":
         return table, None
 
     table["caption_acc"] = accuracy(map(shapes.parse, model.say(true)), scenes), "ceiling 1"
@@ -41,30 +42,28 @@ def evaluate(model, task, n, seed, caption_first, cfg_scale, split="test"):
     ceiling = "ceiling {:.4f}: VAE, {:.4f}: true pictures".format(
         *(accuracy(map(shapes.read, x), scenes) for x in (again, true)))
     floor = f"floor {frechet(other, true):.4f}: true against true, {frechet(again, true):.4f}: VAE"
-    for scale in sorted({1.0, 2.0, 4.0, cfg_scale}):
+    for scale in sorted({1.0, 2.0, 4.0, run.cfg_scale}):
         drawn = model.draw([[caption] for caption in captions], scale)
         right = [a == b for a, b in zip(map(shapes.read, drawn), scenes)]
         table[f"draw_acc cfg {scale:g}"] = sum(right) / n, ceiling
         table[f"frechet cfg {scale:g}"] = frechet(drawn, true), floor
-        if scale == cfg_scale:
+        if scale == run.cfg_scale:
             shown = drawn, captions, right
     if codes is not None:
         share = np.unique(codes, return_counts=True)[1] / codes.size
         table["code_ppl"] = float(np.exp(-(share * np.log(share)).sum())), f"{len(share)} codes used: ceiling"
 
-    if task == "edit":
+    if run.task == "edit":
         _, afters, befores, instructions, edited = zip(*edit_examples(split, n, seed))
-        drawn = model.draw(list(map(list, zip(befores, instructions))), cfg_scale)
+        drawn = model.draw(list(map(list, zip(befores, instructions))), run.cfg_scale)
         right = [a == b for a, b in zip(map(shapes.read, drawn), afters)]
         best = accuracy(map(shapes.read, model.reconstruct(np.stack(edited))[0]), afters)
-        table[f"edit_acc cfg {cfg_scale:g}"] = sum(right) / n, f"ceiling {best:.4f}: VAE; floor 0: nothing changed"
+        table[f"edit_acc cfg {run.cfg_scale:g}"] = sum(right) / n, f"ceiling {best:.4f}: VAE; floor 0: nothing changed"
         shown = np.concatenate([np.stack(befores), drawn], axis=2), instructions, right
     return table, shown
 
-
 def accuracy(found, wanted):
     return sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
-
 
 def frechet(a, b):
     """Frechet distance between two sets of pictures, uint8 (N, 32, 32, 3).

@@ -32,11 +32,9 @@ SHAPES = {
     "ring": [("ellipse", (0, 0, 1, 1), 1), ("ellipse", (0.27, 0.27, 0.73, 0.73), 0)],
 }
 
-
 class Thing(NamedTuple):
     colour: str
     shape: str
-
 
 class Scene(NamedTuple):
     """One thing (relation and second are None), or two. "B below A" is stored as "A above B": one fact, one Scene."""
@@ -44,11 +42,9 @@ class Scene(NamedTuple):
     relation: str | None = None  # "left of" or "above"
     second: Thing | None = None
 
-
 THINGS = [Thing(*words) for words in product(COLOURS, SHAPES)]
 SINGLES = [Scene(thing) for thing in THINGS]
 FACTS = [Scene(a, relation, b) for relation in ("left of", "above") for a, b in product(THINGS, THINGS) if a != b]
-
 
 # ---- scene <-> caption -----------------------------------------------------------------------------------------------
 
@@ -61,14 +57,11 @@ def describe(scene, flip=False, verb=""):
         first, relation, second = second, INVERSE[relation], first
     return f"a {' '.join(first)} {verb}{relation} a {' '.join(second)}."
 
-
 CAPTIONS = {describe(scene, flip): scene for scene in SINGLES + FACTS for flip in (False, True)}
-
 
 def parse(caption):
     """The Scene that a caption tells, whichever side it tells it from; None if it is not a caption of this world."""
     return CAPTIONS.get(" ".join(caption.split()))
-
 
 def reasoning(scene, flip=False, conclusion=None):
     """A text-only document: a sentence, and what follows from it (or another, wrong, conclusion)."""
@@ -76,14 +69,11 @@ def reasoning(scene, flip=False, conclusion=None):
     follows = f"so a {' '.join(first)} is {conclusion or answer(scene, flip)} a {' '.join(second)}."
     return f"{describe(scene, flip, verb='is ')} {follows}"
 
-
 def answer(scene, flip=False):
     """The relation that follows in `reasoning`."""
     return scene.relation if flip else INVERSE[scene.relation]
 
-
 WORDS = sorted(set(" ".join(map(reasoning, FACTS)).replace(".", "").split())) + ["."]
-
 
 # ---- scene <-> image -------------------------------------------------------------------------------------------------
 
@@ -95,9 +85,7 @@ def sprite(shape, zoom=16):
         getattr(ImageDraw.Draw(canvas), method)(corners, fill=255 * ink)
     return canvas.reduce(zoom)
 
-
 SPRITES = {shape: sprite(shape) for shape in SHAPES}
-
 
 def render(scene, rng):
     """Draw a Scene with rng (random.Random) jittering the places. Returns uint8 (32, 32, 3)."""
@@ -111,10 +99,8 @@ def render(scene, rng):
         image.paste(COLOURS[thing.colour], (x - EDGE // 2, y - EDGE // 2), SPRITES[thing.shape])
     return np.array(image)
 
-
 def jitter(rng, most):  # random() is the one method whose stream Python promises to keep
     return int(rng.random() * (2 * most + 1)) - most
-
 
 def read(image, tolerance=0.15):
     """The Scene in a uint8 (32, 32, 3) picture, or None when it is not a scene.
@@ -137,10 +123,8 @@ def read(image, tolerance=0.15):
     (first, *_), (second, *_) = sorted(found, key=lambda match: match[1 if across else 2])
     return Scene(first, "left of" if across else "above", second) if first != second else None
 
-
 MASKS = {shape: np.float32(SPRITES[shape]) / 255 for shape in SHAPES}
 INKS = {colour: np.float32(COLOURS[colour]) - np.float32(BACKGROUND) for colour in COLOURS}
-
 
 def best_match(rest):
     """(squared error it removes, Thing, x, y) of the best thing: |r|^2 - |r - m ink|^2 = 2 m.r.ink - |m|^2 |ink|^2."""
@@ -153,7 +137,6 @@ def best_match(rest):
     y, x = divmod(int(place), IMAGE_SIZE - EDGE + 1)
     return gain.max(), Thing(list(COLOURS)[colour], list(SHAPES)[shape]), x, y
 
-
 # ---- what is held out ------------------------------------------------------------------------------------------------
 
 def split(scene):
@@ -161,9 +144,7 @@ def split(scene):
     bucket = zlib.crc32(describe(scene).encode()) % 100
     return "train" if scene.second is None or bucket >= 15 else "test" if bucket < 10 else "val"
 
-
 SPLITS = {name: [fact for fact in FACTS if split(fact) == name] for name in ("train", "val", "test")}
-
 
 def pick(rng, items):
     return items[int(rng.random() * len(items))]

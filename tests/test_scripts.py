@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -17,18 +18,17 @@ from PIL import Image
 import sample
 import train
 from data import shapes
-from train import Muon, Run, learning_rate, load_run, log_likelihood, make_optimizers, parse_options
-from transfusion import BOI, PRESETS, Config, Tokenizer, Transfusion
+from data import compare
+from train import Muon, Run, Trained, learning_rate, load_run, make_optimizers, parse_options
+from transfusion import BOI, EOS, PRESETS, Config, Tokenizer, Transfusion
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--preset", "tiny", "--documents", "400", "--vae-steps", "10", "--steps", "12", "--eval-every", "4",
         "--batch-size", "8", "--eval-n", "20", "--sample-steps", "2", "--device", "cpu"]
 
-
 def start(script, *options, **how):
     return subprocess.Popen([sys.executable, str(ROOT / script), *options], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, **how)
-
 
 def run(script, *options, ok=True, **how):
     process = start(script, *options, **how)
@@ -36,14 +36,12 @@ def run(script, *options, ok=True, **how):
     assert (process.returncode == 0) == ok, err
     return out if ok else err
 
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("runs") / "shapes"
     out = run("train.py", "--run", str(folder), *TINY)
     return folder, out
-
 
 def test_training_writes_the_table_the_log_and_the_pictures(trained):
     folder, out = trained
@@ -57,7 +55,6 @@ def test_training_writes_the_table_the_log_and_the_pictures(trained):
     assert Image.open(folder / "progress.png").height % 3 == 0  # a row of drawings for every evaluation
     assert Image.open(folder / "figure.png").width > 600
     assert not list(folder.glob("writing-*"))
-
 
 def test_a_resumed_run_equals_one_that_was_never_stopped_bit_for_bit(trained, tmp_path):
     folder = tmp_path / "stopped"
@@ -79,7 +76,6 @@ def test_a_resumed_run_equals_one_that_was_never_stopped_bit_for_bit(trained, tm
     scores = [json.loads((f / "metrics.json").read_text())["scores"] for f in (folder, trained[0])]
     assert scores[0] == scores[1]
 
-
 def test_eval_only_gives_the_same_scores_and_leaves_the_checkpoint(trained):
     folder, out = trained
     before = (folder / "ckpt.pt").read_bytes()
@@ -88,6 +84,62 @@ def test_eval_only_gives_the_same_scores_and_leaves_the_checkpoint(trained):
         x for x in out.splitlines() if ("_acc" in x or "_ppl" in x) and "cfg" not in x[:4] and not x.startswith("step")]
     assert (folder / "ckpt.pt").read_bytes() == before
 
+@pytest.fixture(scope="module")
+def chameleon(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "chameleon"
+    return folder, run("train.py", "--run", str(folder), "--model", "chameleon", *TINY)
+
+def test_chameleon_has_every_score_of_transfusion_and_its_use_of_codes(trained, chameleon):
+    scores = [json.loads((folder / "metrics.json").read_text())["scores"] for folder, _ in (trained, chameleon)]
+    assert set(scores[1]) == set(scores[0]) | {"code_ppl"} and "codes used" in scores[1]["code_ppl"][1]
+    again = run("train.py", "--eval-only", "--run", str(chameleon[0]))
+    assert [x for x in again.splitlines() if "_ppl" in x] == [x for x in chameleon[1].splitlines() if "_ppl" in x]
+
+@pytest.mark.parametrize("kind", ["trained", "chameleon"])
+def test_a_finished_run_learns_to_edit(kind, request, tmp_path):
+    start_from, _ = request.getfixturevalue(kind)
+    before = (start_from / "ckpt.pt").read_bytes()
+    tiny = [*TINY[2:], "--documents", "60", "--run", str(tmp_path / "edit"), "--task", "edit"]
+    out = run("train.py", "--init", str(start_from), *tiny)
+    assert "edit_acc cfg 2" in out and "floor 0" in out and "VAE  " not in out
+    assert (start_from / "ckpt.pt").read_bytes() == before
+    old, new = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (start_from, tmp_path / "edit"))
+    assert all(old["vae"][name].equal(new["vae"][name]) for name in old["vae"]) and old["words"] == new["words"]
+    assert not old["ema"]["lm_head.weight"].equal(new["ema"]["lm_head.weight"])
+    assert (old["ema"]["lm_head.weight"] - new["ema"]["lm_head.weight"]).abs().max() < 0.2  # it began where that ended
+    row = list(csv.DictReader((tmp_path / "edit" / "log.csv").open()))[-1]
+    assert "val_edit_acc" in row
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    out = run("sample.py", f"<{tmp_path / 'red.png'}> make the red circle green.", "--run", str(tmp_path / "edit"),
+              "--steps", "2", "--max-length", "60", "--out", str(tmp_path / "out"))
+    assert out.startswith("[BOS] [BOI] (16 patches) [EOI] make the red circle green.")
+
+def test_a_run_of_text_alone_has_the_scores_of_text(tmp_path):
+    out = run("train.py", "--run", str(tmp_path / "text"), "--task", "text", *TINY)
+    assert "text_ppl" in out and "caption_ppl" in out and "text_acc" in out and "draw_acc" not in out
+    assert not (tmp_path / "text" / "progress.png").exists()
+    assert Image.open(tmp_path / "text" / "figure.png").width > 300  # the mask alone
+
+def test_runs_are_put_side_by_side(trained, chameleon, tmp_path, capsys):
+    compare.main([str(trained[0]), str(chameleon[0]), "--out", str(tmp_path / "both.png")])
+    header, _, first, second = capsys.readouterr().out.splitlines()
+    scores = json.loads((chameleon[0] / "metrics.json").read_text())["scores"]
+    columns = [cell.strip() for cell in header.split("|")]
+    cells = [cell.strip() for cell in second.split("|")]
+    assert float(cells[columns.index("frechet")]) == pytest.approx(scores["frechet cfg 2"][0], abs=1e-3)
+    assert re.search("--eval-only|--model chameleon", cells[columns.index("command")]) and "chameleon" not in first
+    progress = Image.open(trained[0] / "progress.png")
+    both = Image.open(tmp_path / "both.png")
+    assert both.width > progress.width * 0.95 and both.height > progress.height
+    assert "no-such-run" in complaint(compare.main, tmp_path / "no-such-run")
+
+def test_sample_takes_the_newest_run(trained, chameleon, tmp_path):
+    for name, (folder, _) in (("old", trained), ("new", chameleon)):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "ckpt.pt").write_bytes((folder / "ckpt.pt").read_bytes())
+    process = start("sample.py", "a red", "--steps", "2", "--max-length", "30", cwd=tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "new" in err and "old" not in err
 
 def test_a_second_run_keeps_the_first(trained, tmp_path):
     folder = tmp_path / "mine"
@@ -98,7 +150,6 @@ def test_a_second_run_keeps_the_first(trained, tmp_path):
     assert (tmp_path / "mine.1" / "ckpt.pt").read_text() == "precious"
     assert load_run(folder, "cpu")[0]["step"] == 2
 
-
 def complaint(main, *options):
     """The sentence with which a script gives up."""
     with pytest.raises(SystemExit) as stop:
@@ -106,13 +157,11 @@ def complaint(main, *options):
     assert isinstance(stop.value.code, str) and "\n" not in stop.value.code  # printed to stderr, with exit status 1
     return stop.value.code
 
-
 def test_a_failing_command_prints_one_sentence_and_no_traceback(tmp_path):
     for script in ("train.py", "sample.py"):
         options = ["--eval-only"] if script == "train.py" else []
         err = run(script, *options, "--run", str(tmp_path / "none"), ok=False)
         assert err.count("\n") == 1 and str(tmp_path / "none" / "ckpt.pt") in err
-
 
 def test_train_says_in_one_sentence_what_is_wrong(trained, tmp_path, capsys):
     new = ["--run", tmp_path / "x"]
@@ -120,6 +169,9 @@ def test_train_says_in_one_sentence_what_is_wrong(trained, tmp_path, capsys):
     assert "dim (100)" in complaint(train.main, "--dim", 100, *new)
     assert "own model" in complaint(train.main, "--resume", "--dim", 64, "--run", trained[0])
     assert "dim (99)" in complaint(train.main, "--dim", 99, *new)
+    assert "caption_first" in complaint(train.main, "--caption-first", 0, *new)
+    assert str(tmp_path / "x") in complaint(train.main, "--init", tmp_path / "x", "--task", "edit", *new)
+    assert "own model" in complaint(train.main, "--init", trained[0], "--patch-size", 4, *new)
     assert "batch_size must be at least 1" in complaint(train.main, "--batch-size", 0, *new)
     assert "not a device" in complaint(train.main, "--device", "tpu9", *new)
     for option, value in (("--steps", "many"), ("--optimizer", "sgd"), ("--target", "noise")):
@@ -127,7 +179,6 @@ def test_train_says_in_one_sentence_what_is_wrong(trained, tmp_path, capsys):
             train.main([option, value])
         assert option in capsys.readouterr().err
     assert not list(tmp_path.iterdir())  # and nothing was begun
-
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
 def test_a_broken_checkpoint_is_named(tmp_path, content):
@@ -138,7 +189,6 @@ def test_a_broken_checkpoint_is_named(tmp_path, content):
     for main, option in ((train.main, "--eval-only"), (sample.main, "a")):
         said = complaint(main, option, "--run", tmp_path)
         assert str(tmp_path / "ckpt.pt") in said and "not a checkpoint" in said
-
 
 def test_sample_draws_says_and_runs_free(trained, tmp_path):
     """An untrained model writes anything; the picture it is shown and what it writes and draws must get through."""
@@ -151,7 +201,6 @@ def test_sample_draws_says_and_runs_free(trained, tmp_path):
     assert [line[:11] for line in several[:3]] == ["[BOS] a red", "[BOS] hello", "[BOS] [BOI]"]
     free = [run("sample.py", *common, "--seed", "3").split("\n")[0] for _ in range(2)]
     assert free[0].startswith("[BOS]") and free[0] == free[1]
-
 
 def test_sample_switches_to_diffusion_and_writes_the_pictures(trained, tmp_path):
     """A model to which all tokens are equally likely says BOI sooner or later; then it draws, and goes on with text."""
@@ -166,7 +215,6 @@ def test_sample_switches_to_diffusion_and_writes_the_pictures(trained, tmp_path)
     assert Image.open(gif).n_frames == 5  # one for every denoising step
     shown = sample.load_picture(png, 32)  # and the picture can be given back to the model as it was
     assert (np.asarray(Image.open(png))[::8, ::8] == shown).all()
-
 
 def test_sample_says_in_one_sentence_what_is_wrong(trained, tmp_path, capsys):
     (tmp_path / "text.png").write_text("no picture")
@@ -184,7 +232,6 @@ def test_sample_says_in_one_sentence_what_is_wrong(trained, tmp_path, capsys):
             sample.main(["a", option, value])
         assert option in capsys.readouterr().err
 
-
 # ---- Parts -----------------------------------------------------------------------------------------------------------
 
 def test_every_field_is_an_option_with_help(capsys):
@@ -196,7 +243,6 @@ def test_every_field_is_an_option_with_help(capsys):
         assert " ".join(f.metadata["help"].split()) in text
     given = parse_options(["--noise-cap", "1", "--no-qk-norm", "--dim", "64"])
     assert given["noise_cap"] == 1.0 and given["qk_norm"] is False and given["dim"] == 64
-
 
 def test_muon_makes_the_update_of_the_librarys():
     torch.manual_seed(0)
@@ -216,7 +262,6 @@ def test_muon_makes_the_update_of_the_librarys():
         moved, expected = (p - start_).detach(), (q - start_).detach()
         assert (moved - expected).norm() < 0.03 * expected.norm()  # the library computes in bf16
 
-
 def test_the_optimizers_take_every_parameter_once_and_decay_no_norms():
     model = Transfusion(PRESETS["tiny"], 300)
     for name in ("muon", "adamw"):
@@ -226,14 +271,12 @@ def test_the_optimizers_take_every_parameter_once_and_decay_no_norms():
         assert sorted(map(id, taken)) == sorted(map(id, model.parameters()))
         assert all(p.dim() >= 2 for group in groups if group["weight_decay"] for p in group["params"])
 
-
 def test_the_learning_rate_warms_up_and_ends_at_five_percent():
     run_ = Run(lr=1.0, warmup=10, steps=100)
     rates = [learning_rate(run_, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 == rates[10]
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] == pytest.approx(0.05, abs=0.01)
     assert learning_rate(replace(run_, steps=5), 2) == pytest.approx(0.3)
-
 
 def test_likelihood_ranks_by_the_whole_text():
     """Against a sum by hand over the places that count."""
@@ -242,13 +285,13 @@ def test_likelihood_ranks_by_the_whole_text():
     model = Transfusion(PRESETS["tiny"], len(tokenizer)).requires_grad_(False)
     torch.nn.init.normal_(model.lm_head.weight)
     texts = ["a red circle.", "a blue square left of a red ring."]
-    log_p, count = log_likelihood(model, texts, tokenizer, then=BOI)
-    for i, text in enumerate(texts):
-        tokens = [1, *tokenizer.encode(text), BOI]
-        logits, _ = model(torch.tensor([tokens]), torch.full((1, len(tokens)), -1))
-        by_hand = sum(logits[0, j].log_softmax(-1)[tokens[j + 1]] for j in range(len(tokens) - 1))
-        assert log_p[i] == pytest.approx(by_hand.item(), abs=1e-3) and count[i] == len(tokens) - 1
-
+    for mark in (BOI, EOS):
+        log_p, count = Trained(model, None, tokenizer, Run()).log_likelihood(texts, drawn=mark == BOI)
+        for i, text in enumerate(texts):
+            tokens = [1, *tokenizer.encode(text), mark]
+            logits, _ = model(torch.tensor([tokens]), torch.full((1, len(tokens)), -1))
+            by_hand = sum(logits[0, j].log_softmax(-1)[tokens[j + 1]] for j in range(len(tokens) - 1))
+            assert log_p[i] == pytest.approx(by_hand.item(), abs=1e-3) and count[i] == len(tokens) - 1
 
 def test_transfusion_needs_only_torch_and_touches_nothing_outside():
     source = (ROOT / "transfusion.py").read_text()

@@ -17,7 +17,6 @@ WORDS = ["a", "red", "blue", "circle", "square", "above", "."]
 IMAGE = None  # pack takes anything that is not a str for an image
 TINY = {"dim": 32, "n_layers": 2, "n_heads": 2, "vae_dim": 8}
 
-
 def tiny(vocab_size=None, seed=0, **options):
     """A small model with random weights in every place."""
     torch.manual_seed(seed)
@@ -26,7 +25,6 @@ def tiny(vocab_size=None, seed=0, **options):
         torch.nn.init.normal_(p, std=0.3)
     return model.requires_grad_(False).eval()
 
-
 def batch(documents, cfg, **options):
     """tokens, image_id and random latents (for Chameleon, codes) and times of documents whose images are IMAGE."""
     tokens, image_id = pack(documents, Tokenizer(WORDS), cfg.n_patches, **options)
@@ -34,11 +32,9 @@ def batch(documents, cfg, **options):
     latents = random_latents(cfg, len(documents), k)
     return tokens, image_id, latents, torch.rand(len(documents), k)
 
-
 def random_latents(cfg, *shape):
     latents = torch.randn(*shape, *cfg.latent_shape)
     return quantise(latents, cfg.code_levels) if cfg.model == "chameleon" else latents
-
 
 # ---- The sequence ----------------------------------------------------------------------------------------------------
 
@@ -51,19 +47,16 @@ def test_any_string_round_trips():
     for text in strings:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
-
 def test_words_are_one_token_and_other_text_is_bytes():
     tokenizer = Tokenizer(WORDS)
     assert len(tokenizer.encode("a red circle above a blue square.")) == 8
     assert len(tokenizer.encode("a reddish dog")) == 1 + len(" reddish dog")
     assert min(tokenizer.encode("a red dog.")) >= len(MARKS)
 
-
 def test_text_that_is_not_utf8_still_decodes():
     tokenizer = Tokenizer(WORDS)
     half = tokenizer.encode("é")[:-1]
     assert tokenizer.decode(half) == "\ufffd"
-
 
 def test_the_mask_is_causal_and_open_inside_an_image():
     _, image_id = pack([["red.", IMAGE, "a", IMAGE]], Tokenizer(WORDS), n_patches=2)
@@ -84,12 +77,10 @@ def test_the_mask_is_causal_and_open_inside_an_image():
         "#############",  # EOS
     ]
 
-
 def test_without_bidirectional_the_mask_is_causal_and_nothing_else():
     _, image_id = pack([["red.", IMAGE, "a", IMAGE]], Tokenizer(WORDS), n_patches=2)
     mask = dense_mask(mixed_mask(image_id, bidirectional=False), torch.arange(13)[None], 13)[0, 0]
     assert mask.equal(torch.ones(13, 13).tril().bool())
-
 
 def test_only_rows_with_a_captioned_image_are_dropped():
     documents = [["a red", IMAGE], [IMAGE, "a red"], ["a red"], [IMAGE, "a", IMAGE], [IMAGE]]
@@ -97,7 +88,6 @@ def test_only_rows_with_a_captioned_image_are_dropped():
     assert rows_to_drop(tokens, 1.0).tolist() == [True, False, False, True, False]
     share = rows_to_drop(tokens[:1].expand(5000, -1), 0.1).float().mean().item()
     assert share == pytest.approx(0.1, abs=0.03) and not rows_to_drop(tokens, 0.0).any()
-
 
 def test_without_text_is_the_same_document_packed_without_its_text():
     documents = [["a red circle.", IMAGE, "a", IMAGE], [IMAGE, "a red circle."], ["a blue square."]]
@@ -109,7 +99,6 @@ def test_without_text_is_the_same_document_packed_without_its_text():
     assert null[:, :n].equal(expected) and null_id[:, :n].equal(expected_id)
     assert (null[:, n:] == PAD).all() and (null_id[:, n:] == -1).all()
 
-
 def test_where_there_is_an_lm_loss():
     tokens, image_id = pack([["red.", IMAGE], [IMAGE, "red."], ["a"]], Tokenizer(WORDS), n_patches=2)
     _, counts = token_losses(torch.zeros(3, tokens.shape[1] - 1, len(Tokenizer(WORDS))), tokens, image_id)
@@ -119,11 +108,9 @@ def test_where_there_is_an_lm_loss():
         "##.....",  # BOS a | EOS and padding
     ]
 
-
 # ---- Schedule and samplers -------------------------------------------------------------------------------------------
 
 TARGETS = ["eps", "v", "x0", "flow"]
-
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_right_prediction_gives_back_the_image_and_the_noise(target):
@@ -133,14 +120,12 @@ def test_a_right_prediction_gives_back_the_image_and_the_noise(target):
     torch.testing.assert_close(found_x0, x0, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found_eps, eps, atol=1e-4, rtol=1e-4)
 
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_noising_keeps_the_ends_and_gives_every_image_its_own_time(target):
     x0, eps = torch.full((1, 3, 1, 2, 2), 2.0), torch.full((1, 3, 1, 2, 2), -1.0)
     xt = q_sample(x0, eps, torch.tensor([[0.0, 0.5, 1.0]]), target)[0, :, 0, 0, 0]
     middle = 0.5 if target == "flow" else math.sqrt(0.5)  # x0 = 2 and eps = -1 leave one of their weight
     torch.testing.assert_close(xt, torch.tensor([2.0, middle, -1.0]))
-
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 @pytest.mark.parametrize("target", TARGETS)
@@ -156,12 +141,10 @@ def test_samplers_reproduce_a_gaussian(target, sampler):
     assert abs(x.mean() - mean) < 0.02
     assert abs(x.std() - 0.5) < 0.02
 
-
 def test_ddim_is_deterministic_and_ddpm_is_not():
     x, pred, t = torch.randn(2, 1, 1, 4, 4), torch.randn(2, 1, 1, 4, 4), torch.tensor(0.5)
     once, again = ([p_sample(x, pred, t, t / 2, "v", sampler) for sampler in ("ddim", "ddpm")] for _ in range(2))
     assert once[0].equal(again[0]) and not once[1].equal(again[1])
-
 
 def test_the_ancestral_sampler_has_ddpms_posterior_variance():
     """Any variance keeps a Gaussian's marginals, so it is checked by itself: beta_t (1 - abar_next) / (1 - abar_t)."""
@@ -172,12 +155,10 @@ def test_the_ancestral_sampler_has_ddpms_posterior_variance():
     expected = (1 - abar / abar_next) * (1 - abar_next) / (1 - abar)
     assert drawn.var().item() == pytest.approx(expected, rel=0.05)
 
-
 # ---- Who sees what ---------------------------------------------------------------------------------------------------
 
 KINDS = {"default": {}, "causal": {"bidirectional": False}, "unet": {"patch_encoder": "unet"},
          "chameleon": {"model": "chameleon"}}
-
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_place_depends_on_exactly_what_the_mask_lets_it_see(kind):
@@ -200,7 +181,6 @@ def test_every_place_depends_on_exactly_what_the_mask_lets_it_see(kind):
         grad, = torch.autograd.grad(logits[0, q].square().sum(), seen["x"], retain_graph=True)
         assert (grad[0].abs().amax(1) > 0).equal(mask[q]), q
 
-
 @pytest.mark.parametrize("kind", ["default", "causal", "unet"])
 def test_an_image_depends_on_its_own_time_and_on_earlier_images_only(kind):
     model = tiny(**KINDS[kind])
@@ -211,7 +191,6 @@ def test_an_image_depends_on_its_own_time_and_on_earlier_images_only(kind):
     second = torch.autograd.grad(pred[:, 1].square().sum(), (latents, t))
     assert all(grad[:, 0].abs().sum() > 0 and grad[:, 1].abs().sum() == 0 for grad in first)
     assert all(grad[:, 0].abs().sum() > 0 and grad[:, 1].abs().sum() > 0 for grad in second)
-
 
 def test_chameleon_draws_code_after_code():
     """No logit up to a code depends on it, and every later one does: the place of a code predicts the next."""
@@ -227,7 +206,6 @@ def test_chameleon_draws_code_after_code():
         moved = (model(tokens, image_id, other)[0] - before)[0].abs().amax(-1) > 1e-5
         assert not moved[:first_place + n].any() and moved[first_place + n:].all()
 
-
 def test_padding_and_the_rest_of_the_batch_change_nothing():
     model = tiny()
     short, long = ["a", IMAGE], ["a red circle above a blue square.", IMAGE, "a red circle."]
@@ -239,7 +217,6 @@ def test_padding_and_the_rest_of_the_batch_change_nothing():
         torch.testing.assert_close(logits[[row], :alone.shape[1]], alone_logits, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(pred[[row]], alone_pred, atol=1e-4, rtol=1e-4)
 
-
 def test_patches_are_squares_in_raster_order():
     latents = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4).float()
     patches = patchify(latents, 2)
@@ -248,7 +225,6 @@ def test_patches_are_squares_in_raster_order():
         square = latents[:, :, row:row + 2, column:column + 2]
         assert patches[:, n].sort().values.equal(square.flatten(1).sort().values)
     assert unpatchify(patches, 2, 3).equal(latents)
-
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
 def test_the_unet_makes_patches_of_every_size_and_depends_on_t_and_the_skip(patch_size):
@@ -271,14 +247,12 @@ def test_the_unet_makes_patches_of_every_size_and_depends_on_t_and_the_skip(patc
         one, _ = down(latents[:1, :1], t[:1, :1])                                  # images do not mix
         torch.testing.assert_close(one[0, 0], patches[0, 0], atol=1e-5, rtol=1e-5)
 
-
 def test_patches_know_their_place():
     model = tiny(patch_position=True)
     tokens, image_id = pack([[IMAGE]], Tokenizer(WORDS), model.cfg.n_patches)
     same = torch.ones(1, 1, model.cfg.latent_channels, model.cfg.latent_size, model.cfg.latent_size)
     pred = patchify(model(tokens, image_id, same, torch.zeros(1, 1))[1][0, 0], model.cfg.patch_size)
     assert (pred[0] - pred[1]).abs().max() > 1e-3
-
 
 # ---- The loss --------------------------------------------------------------------------------------------------------
 
@@ -292,7 +266,6 @@ def times_and_losses(monkeypatch, documents, **options):
     tokens, image_id, latents, _ = batch(documents, model.cfg)
     return *model.loss(tokens, image_id, latents), times[0]
 
-
 @pytest.mark.parametrize("t_dist", ["uniform", "logit_normal"])
 def test_an_image_before_its_text_is_noised_at_most_to_the_cap(monkeypatch, t_dist):
     documents = [["a red circle.", IMAGE]] * 200 + [[IMAGE, "a red circle."]] * 200 + [[IMAGE, "a", IMAGE]] * 200
@@ -304,7 +277,6 @@ def test_an_image_before_its_text_is_noised_at_most_to_the_cap(monkeypatch, t_di
     assert t[600:, 0].max() > 0.8  # no text looks at it
     assert len(t[:, 0].unique()) > 790  # every sequence and every image has its own
 
-
 def test_dropped_text_costs_no_lm_loss_and_cannot_help_the_image(monkeypatch):
     losses = []
     for text in ("a red circle.", "a blue square above a"):
@@ -315,7 +287,6 @@ def test_dropped_text_costs_no_lm_loss_and_cannot_help_the_image(monkeypatch):
     *_, kept_ddpm, _ = times_and_losses(monkeypatch, [["a red circle.", IMAGE]] * 4, drop_text=0.0)
     assert abs(kept_ddpm - losses[0]) > 1e-4
 
-
 def test_the_joint_loss_weighs_tokens_and_images(monkeypatch):
     documents = [["a red circle.", IMAGE], ["a"]]
     loss, loss_lm, loss_ddpm, _ = times_and_losses(monkeypatch, documents, lambda_ddpm=3.0, drop_text=0.0)
@@ -325,13 +296,11 @@ def test_the_joint_loss_weighs_tokens_and_images(monkeypatch):
     *_, alone, _ = times_and_losses(monkeypatch, documents[:1], lambda_ddpm=3.0, drop_text=0.0)
     assert alone > 0 and abs(loss_ddpm / alone - 1) < 0.5
 
-
 SWITCHES = [*({"target": target} for target in TARGETS), {"bidirectional": False}, {"noise_cap": 1.0},
             {"qk_norm": True}, {"t_dist": "uniform"}, {"lambda_ddpm": 5.0}, {"drop_text": 0.0},
             {"patch_position": False},
             *({"patch_size": size, "patch_encoder": kind} for size in (1, 4) for kind in ("linear", "unet")),
             {"patch_encoder": "unet"}, {"model": "chameleon"}, {"model": "chameleon", "patch_size": 4}]
-
 
 @pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: "-".join(map(str, switch.values())))
 def test_one_batch_is_overfitted(switch):
@@ -350,7 +319,6 @@ def test_one_batch_is_overfitted(switch):
     first, last = losses[0], [sum(column) / 10 for column in zip(*losses[-10:])]
     assert last[0] < 0.1 * first[0]  # what is left is which of the two documents it is
     assert last[1] < (0.1 if cfg.model == "chameleon" else 0.7) * first[1]
-
 
 # ---- Generation ------------------------------------------------------------------------------------------------------
 
@@ -382,7 +350,6 @@ def test_pieces_through_the_cache_equal_the_whole():
     logits, _ = model(rest, torch.full_like(rest, -1), cache=cache)
     for row in range(2):
         torch.testing.assert_close(logits[row], whole[row, start[row] + n:start[row] + n + 3], atol=1e-4, rtol=1e-4)
-
 
 def generate_slowly(model, tokens, image_id, latents, max_length, steps, cfg_scale, temperature, sampler):
     """The generation loop for one row without a cache: everything is computed anew, every time."""
@@ -426,7 +393,6 @@ def generate_slowly(model, tokens, image_id, latents, max_length, steps, cfg_sca
         tokens, image_id = extended([EOI], -1)
     return tokens, image_id, images
 
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sampler, cfg_scale", [("ddim", 2.5), ("ddpm", 1.0)])
 def test_generation_with_the_cache_equals_generation_without(kind, sampler, cfg_scale):
@@ -451,7 +417,6 @@ def test_generation_with_the_cache_equals_generation_without(kind, sampler, cfg_
         drawn += n - 1
     assert drawn >= 3, "the test has to see the switch"
 
-
 def test_what_stays_in_the_cache_is_the_finished_image_seen_clean():
     """The logits of the text after a drawn image equal those of one pass over the whole, images clean at t = 0."""
     model, recorded = tiny(seed=3), []
@@ -468,7 +433,6 @@ def test_what_stays_in_the_cache_is_the_finished_image_seen_clean():
     assert (image_id >= 0).sum() == model.cfg.n_patches and image_id[0, -1] == -1 and tokens.shape[1] > 22
     whole, _ = forward(tokens, image_id, latents, torch.zeros(1, 1))
     torch.testing.assert_close(recorded[-1][0][:, -1], whole[:, -1], atol=1e-3, rtol=1e-3)
-
 
 def test_rows_of_a_batch_do_not_disturb_each_other(monkeypatch):
     """Prompts of different lengths, some that draw and some that write, give what each gives alone."""
@@ -494,7 +458,6 @@ def test_rows_of_a_batch_do_not_disturb_each_other(monkeypatch):
             # the batch keeps room for a prompt image in every row; drawn images come right after a row's own
             torch.testing.assert_close(together[2][row, i], alone[2][0, i], atol=1e-3, rtol=1e-3)
 
-
 def test_a_batch_of_text_alone_trains_and_generates():
     model = tiny()
     tokens, image_id, latents, _ = batch([["a red circle."], ["a"]], model.cfg)
@@ -504,7 +467,6 @@ def test_a_batch_of_text_alone_trains_and_generates():
     with pytest.raises(ValueError, match="3 places, and max_length is 2"):
         generate(model, prompt, prompt_id, latents[:1], max_length=2)
 
-
 def test_generation_stops_at_its_limit_and_ends_with_what_it_was_given():
     model = tiny(seed=2)
     tokens, image_id = pack([["a red"]], Tokenizer(WORDS), model.cfg.n_patches, end=False)
@@ -513,13 +475,11 @@ def test_generation_stops_at_its_limit_and_ends_with_what_it_was_given():
     assert out.shape[1] <= 20 and out[:, :3].equal(tokens) and out[0, 0] == BOS
     assert (out_id >= 0).sum() in (0, model.cfg.n_patches)
 
-
 def test_guidance_moves_away_from_the_answer_without_the_text():
     with_text, without = torch.randn(3, 5), torch.randn(3, 5)
     out = torch.cat([with_text, without])
     torch.testing.assert_close(guide(out, 3.0), 3 * with_text - 2 * without)
     assert guide(with_text, 1) is with_text
-
 
 # ---- Chameleon's codes -----------------------------------------------------------------------------------------------
 
@@ -535,12 +495,10 @@ def test_codes_are_in_range_and_come_back(levels, dim):
     every = torch.arange(levels**dim).view(1, 1, -1)
     assert codes_of(latents_of(every, levels, (dim, levels**dim, 1)), levels).equal(every)
 
-
 def test_the_gradient_passes_through_the_quantiser():
     z = torch.linspace(-2, 2, 50, requires_grad=True)
     grad, = torch.autograd.grad(quantise(z, 5).sum(), z)
     torch.testing.assert_close(grad, 2 * (1 - z.detach().tanh() ** 2))             # that of 2 tanh, all along the steps
-
 
 def test_codes_to_picture_to_codes():
     """A trained tokenizer: its pictures are what it was trained on, and their codes are the codes they came from."""
@@ -563,7 +521,6 @@ def test_codes_to_picture_to_codes():
     assert (again.float() - pictures).abs().mean() < 0.5 * (pictures - pictures.float().mean()).abs().mean()
     assert (codes_of(vae.encode(again)[None], cfg.code_levels)[0] == codes).float().mean() > 0.5  # chance: under 1 %
 
-
 def test_chameleon_trains_images_by_their_codes_alone():
     """The loss of a code is that of the next token at the place before it, BOI's for the first."""
     model = tiny(model="chameleon", drop_text=0.0, z_loss=0.0)
@@ -580,7 +537,6 @@ def test_chameleon_trains_images_by_their_codes_alone():
     with_z = tiny(model="chameleon", drop_text=0.0, z_loss=1.0).loss(tokens, image_id, latents)[0]
     assert with_z > loss + 1
 
-
 # ---- VAE, presets, options -------------------------------------------------------------------------------------------
 
 def test_make_batch_puts_every_picture_in_its_slot():
@@ -594,7 +550,6 @@ def test_make_batch_puts_every_picture_in_its_slot():
     torch.testing.assert_close(latents[[0, 2, 2], [0, 0, 1]], expected)
     assert latents[[0, 1, 1], [1, 0, 1]].abs().sum() == 0
     assert [(row == EOS).sum().item() for row in tokens] == [1, 1, 1]
-
 
 def test_the_vae_learns_and_calibrates():
     torch.manual_seed(0)
@@ -614,7 +569,6 @@ def test_the_vae_learns_and_calibrates():
     error = (vae.decode(latents).float() - pictures.float()).abs().mean()
     assert error < 0.5 * (pictures.float() - pictures.float().mean()).abs().mean()
 
-
 @pytest.mark.parametrize("name", ["0.16B", "0.37B", "0.76B", "1.4B", "7B"])
 def test_the_papers_sizes_have_the_papers_parameters(name):
     with torch.device("meta"):
@@ -622,7 +576,6 @@ def test_the_papers_sizes_have_the_papers_parameters(name):
     billions = sum(p.numel() for p in model.parameters()) / 1e9
     assert abs(billions / float(name[:-1]) - 1) < 0.06
     assert model.cfg.n_patches == 256 and model.cfg.target == "eps"
-
 
 @pytest.mark.parametrize("options, word", [
     ({"dim": 99}, "n_heads"), ({"patch_size": 3}, "patch_size"), ({"image_size": 48}, "2, 4, 8"),
