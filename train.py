@@ -34,7 +34,7 @@ from transfusion import (BOI, EOS, MARKS, N_SPECIAL, PAD, PRESETS, Config, Token
                          make_batch, make_models, mixed_mask, option, pack, token_losses)
 
 DEFAULTS = {  # of a run, where they are not those below
-    "text": {"steps": 1900},
+    "text": {"batch_size": 156},  # as many places a step as with pictures
     "edit": {"documents": 16384, "caption_first": 0.5, "steps": 800, "lr": 2e-3},
     "chameleon": {"vae_steps": 1500},
 }
