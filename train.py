@@ -246,22 +246,24 @@ def main(argv=None):
     given = parse_options(argv)
     made = {"command": " ".join(["python train.py", *(argv or sys.argv[1:])])}
     preset, resume, eval_only = (given.pop(name, None) for name in ("preset", "resume", "eval_only"))
+    name = given.get("task", "chameleon" if given.get("model") == "chameleon" else "shapes")
+    given["run"] = given.get("run", f"runs/{name}")
+    if not (resume or eval_only):
+        given = {**DEFAULTS.get(name, {}), **given}
     for_model = {name: given.pop(name) for name in list(given) if name in Config.__dataclass_fields__}
     try:
-        cfg = replace(PRESETS[preset or "laptop"], **for_model)
-        name = given.get("task", "chameleon" if cfg.model == "chameleon" else "shapes")
-        run = Run(**{"run": f"runs/{name}", **DEFAULTS.get(name, {}), **given})
+        run, cfg = Run(**given), replace(PRESETS[preset or "laptop"], **for_model)
     except ValueError as error:
         sys.exit(f"These options do not work: {error}.")
     device, folder, saved, started = pick_device(run.device), Path(run.run), None, time.time()
-    old = folder if resume or eval_only else run.init
-    if old and (preset or for_model):
+    old, free = (folder, set()) if resume or eval_only else (run.init, {"noise_cap", "lambda_ddpm", "drop_text"})
+    if old and (preset or set(for_model) - free):
         sys.exit("A checkpoint has its own model: its options cannot be given with --resume, --eval-only or --init.")
 
     # Begin, or go on from a checkpoint.
     if old:
         saved, (ema, vae, tokenizer) = load_run(old, device)
-        cfg = saved["cfg"]
+        ema.cfg, cfg = (replace(cfg, **for_model) for cfg in (ema.cfg, saved["cfg"]))
     if resume or eval_only:
         run, made = replace(saved["run"], **given), saved["made"] if resume else {**saved["made"], **made}
     else:
