@@ -256,7 +256,7 @@ def main(argv=None):
     except ValueError as error:
         sys.exit(f"These options do not work: {error}.")
     device, folder, saved, started = pick_device(run.device), Path(run.run), None, time.time()
-    old, free = (folder, set()) if resume or eval_only else (run.init, {"noise_cap", "lambda_ddpm", "drop_text"})
+    old, free = (folder, set()) if resume or eval_only else (run.init, {"noise_cap", "lambda_ddpm", "drop_text", "t_dist"})
     if old and (preset or set(for_model) - free):
         sys.exit("A checkpoint has its own model: its options cannot be given with --resume, --eval-only or --init.")
 

@@ -15,8 +15,8 @@ Read from top to bottom: sequence and mask, schedule and noise, transformer, pat
 then the VAE, a black box until there, and what a discrete baseline, Chameleon, does otherwise. `DEVIATION:` marks what
 differs from the paper, with the way back; `NOT STATED:` marks what the paper leaves open.
 
-Shapes: B sequences, T places, K images a sequence, C x H x W latents, N patches an image, P numbers a patch, D width,
-V vocabulary. Every batch is rectangular:
+Shapes: B sequences, T places, K images per sequence, C x H x W latents, N patches per image, P numbers per patch,
+D width, V vocabulary. Every batch is rectangular:
 
     tokens    (B, T) int64       text ids; image places hold PAD, and padding is on the right
     image_id  (B, T) int64       -1 for text, k for an element of the k-th image of that sequence
@@ -56,7 +56,7 @@ class Config:
     patch_position: bool = option(True, "add a learned embedding of its place in the picture to every patch")
     lambda_ddpm: float = option(1.5, "weight of the diffusion loss beside the language loss; the paper's is 5")
     noise_cap: float = option(0.5, "largest t of an image whose text comes only after it; 1 is off, 0 shows it clean")
-    drop_text: float = option(0.1, "share of the sequences with captioned images that train without text, for guidance")
+    drop_text: float = option(0.1, "share of the images with text before them that train without it, for guidance")
     image_size: int = option(32, "pixels a side")
     latent_size: int = option(8, "VAE latents a side")
     latent_channels: int = option(4, "channels of a VAE latent")
@@ -161,14 +161,14 @@ def without_text(tokens, image_id, rows):
 
 def rows_to_drop(tokens, share):
     """Which rows (B,) train without their text: the given share of those in which text comes before an image."""
-    captioned = ((tokens == BOI) & ((tokens >= N_SPECIAL).cumsum(1) > 0)).any(1)
-    return captioned & (torch.rand(len(tokens), device=tokens.device) < share)
+    text_first = ((tokens == BOI) & ((tokens >= N_SPECIAL).cumsum(1) > 0)).any(1)
+    return text_first & (torch.rand(len(tokens), device=tokens.device) < share)
 
 def mixed_mask(image_id, bidirectional=True):
     """Section 3, "Transfusion attention", as a predicate: may the query at place q see the key at place kv?
 
-    Row b, head h (all heads share the mask). This signature is the one that FlexAttention takes; below, dense_mask
-    simply applies the predicate to all pairs. There is no word about padding: on the right, causality hides it.
+    Row b, head h (all heads share the mask): FlexAttention's signature; below, dense_mask applies it to all pairs.
+    There is no word about padding: on the right, causality hides it.
     """
     def may_see(b, h, q, kv):
         same_image = (image_id[b, q] == image_id[b, kv]) & (image_id[b, q] >= 0)
@@ -333,7 +333,7 @@ def unpatchify(patches, p, channels):
     return x.transpose(-4, -3).movedim(-1, -5).flatten(-2).flatten(-3, -2)     # (..., C, H, W)
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of t, then a small MLP (DiT's). (B, K) -> (B, K, P)."""
+    """Sinusoids of t, then a small MLP (DiT's). (...) -> (..., out_dim)."""
 
     def __init__(self, out_dim, n_frequencies=64):
         super().__init__()
@@ -346,8 +346,7 @@ class TimeEmbedding(nn.Module):
 
 class LinearPatchEncoder(nn.Module):
     """Section 3: the embedding of t is added to every patch vector, then one linear layer. This is where t enters.
-
-    Returns patch vectors and, like every patch encoder, what its decoder needs besides: here nothing.
+    Like every patch encoder, returns the patch vectors and what its decoder needs besides: here nothing.
     """
 
     def __init__(self, cfg):
@@ -387,7 +386,7 @@ class UNetDown(nn.Module):
     """The paper's other encoder: the down half of a U-Net, from noised latents and t to one vector a patch.
 
     Each halving of the side doubles the patch: none for patches of one latent, two for 4 x 4. What every size looked
-    like on the way goes to the up half, behind the transformer: h_in, the long skip.
+    like on the way goes to the up half, behind the transformer: h_in = (embedding of t, skips), the long skip.
     """
 
     def __init__(self, cfg, time_dim=128):
@@ -552,9 +551,7 @@ class Transfusion(nn.Module):
 
 def guide(out, cfg_scale):
     """Classifier-free guidance: away from the answer without the text. Rows with text come first, then their twins."""
-    if cfg_scale == 1:
-        return out
-    with_text, without = out.chunk(2)
+    with_text, without = (out, out) if cfg_scale == 1 else out.chunk(2)
     return without + cfg_scale * (with_text - without)
 
 @torch.no_grad()
@@ -640,7 +637,7 @@ def generate(model, tokens, image_id, latents, max_length=None, max_images=1, st
             eoi = torch.full_like(pads[:, :1], EOI)
             append(torch.cat([pads, eoi], 1), torch.cat([ids, torch.full_like(eoi, -1)], 1),
                    with_twins(drawing) * (n + 1), with_twins(xt))
-            n_images = n_images + drawing.long()
+            n_images = n_images + drawing
 
         else:
             return so_far()
@@ -762,7 +759,7 @@ class Chameleon(Transfusion):
     def __init__(self, cfg, vocab_size):
         super().__init__(replace(cfg, bidirectional=False, qk_norm=True), vocab_size + cfg.code_levels**cfg.code_dim)
         self.vocab_size = vocab_size                                           # of the text; the codes come after it
-        del self.patch_encoder, self.patch_decoder
+        del self.patch_encoder, self.patch_decoder                             # for the methods of these names
 
     def patch_encoder(self, latents, t):
         return self.token_embedding(self.vocab_size + codes_of(latents, self.cfg.code_levels)), None
@@ -775,7 +772,8 @@ class Chameleon(Transfusion):
         drop = rows_to_drop(tokens, self.cfg.drop_text)
         tokens, image_id = without_text(tokens, image_id, drop)
         logits, _ = self(tokens[:, :-1], image_id[:, :-1], latents)
-        codes = F.pad(self.vocab_size + codes_of(latents, self.cfg.code_levels).flatten(1), (0, 1))
+        codes = self.vocab_size + codes_of(latents, self.cfg.code_levels).flatten(1)
+        codes = F.pad(codes, (0, 1))                                           # so that there is one without images too
         tokens = tokens.where(image_id < 0, codes.gather(1, nth_patch(image_id)))
         error, is_text = token_losses(logits, tokens, image_id)
         is_text, is_code = is_text & ~drop[:, None], image_id[:, 1:] >= 0
@@ -790,7 +788,8 @@ class Chameleon(Transfusion):
             codes[:, 0, n] = torch.multinomial(probability, 1)[:, 0]
             latents = latents_of(codes, self.cfg.code_levels, self.cfg.latent_shape)
             yield latents
-            logits = look(latents, logits.new_zeros(()))[0][:, n]              # causal: what is still to come is unseen
+            if n + 1 < self.cfg.n_patches:  # codes still to come are not seen, and t = 0 means nothing here
+                logits = look(latents, logits.new_zeros(()))[0][:, n]
 
 def make_models(cfg, vocab_size):
     """The transformer and the VAE that cfg.model names, untrained."""
