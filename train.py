@@ -38,6 +38,7 @@ DEFAULTS = {  # of a run, where they are not those below
     "edit": {"documents": 16384, "caption_first": 0.5, "steps": 800, "lr": 2e-3},
     "chameleon": {"vae_steps": 1500},
 }
+OF_THE_LOSS = "noise_cap", "lambda_ddpm", "drop_text", "t_dist"  # the model's options that --init can change
 
 @dataclass
 class Run:
@@ -256,8 +257,8 @@ def main(argv=None):
     except ValueError as error:
         sys.exit(f"These options do not work: {error}.")
     device, folder, saved, started = pick_device(run.device), Path(run.run), None, time.time()
-    old, free = (folder, set()) if resume or eval_only else (run.init, {"noise_cap", "lambda_ddpm", "drop_text", "t_dist"})
-    if old and (preset or set(for_model) - free):
+    old = folder if resume or eval_only else run.init
+    if old and (preset or set(for_model) - (set(OF_THE_LOSS) if run.init else set())):
         sys.exit("A checkpoint has its own model: its options cannot be given with --resume, --eval-only or --init.")
 
     # Begin, or go on from a checkpoint.
