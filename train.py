@@ -35,7 +35,9 @@ from transfusion import (BOI, EOS, MARKS, N_SPECIAL, PAD, PRESETS, Config, Token
 
 DEFAULTS = {  # of a run, where they are not those below
     "text": {"batch_size": 156},  # as many places a step as with pictures
-    "edit": {"documents": 16384, "caption_first": 0.5, "steps": 800, "lr": 2e-3},
+    # 8192 edits, and captions often enough that they, not instructions, are what most likely follows a picture
+    "edit": {"documents": 13652, "caption_first": 0.3, "steps": 1500, "batch_size": 32, "eval_every": 300,
+             "lambda_ddpm": 5.0, "t_dist": "uniform", "noise_cap": 0.0},
     "chameleon": {"vae_steps": 1500},
 }
 OF_THE_LOSS = "noise_cap", "lambda_ddpm", "drop_text", "t_dist"  # the model's options that --init can change

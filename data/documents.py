@@ -1,8 +1,8 @@
 """What a model is trained on: documents, each a list of parts in reading order, a str or a picture (32, 32, 3) uint8.
 
 Three tasks. "shapes" has pairs of picture and caption, in either order, and some documents of text alone. "text" has
-the same documents with their pictures taken out. "edit" has picture, instruction and edited picture in every second
-document; the others are those of "shapes", so that drawing and telling are not unlearned.
+the same documents with their pictures taken out. "edit" has picture, instruction and edited picture in three documents
+of five; the others are those of "shapes", so that drawing and telling are not unlearned.
 """
 
 import copy
@@ -20,7 +20,7 @@ def documents(task, n, seed, caption_first=0.8):
     """n training documents of a task; of the pairs of picture and caption, this share has the caption first."""
     rng, result = random.Random(seed), []
     for i in range(n):
-        if task == "edit" and i % 2 == 0:
+        if task == "edit" and i % 5 < 3:
             _, _, *document = an_edit("train", rng)
         elif rng.random() < TEXT_ONLY:
             document = [shapes.reasoning(shapes.pick(rng, shapes.SPLITS["train"]), flip=rng.random() < 0.5)]
@@ -47,8 +47,9 @@ def an_edit(split, rng):
         found = [edit for edit in edits(before)[kind].items() if shapes.split(edit[1]) == split]
         if found:
             instruction, after = shapes.pick(rng, found)
-            same_jitter = copy.copy(rng)
-            return before, after, shapes.render(before, rng), instruction, shapes.render(after, same_jitter)
+            jitter = copy.copy(rng)  # the same for both pictures: every thing keeps its own
+            edited = shapes.render(after, jitter, second_first=after.first == before.second)
+            return before, after, shapes.render(before, rng), instruction, edited
 
 def edit_examples(split, n, seed):
     """n times (before, after, picture, instruction, edited picture). In "test" neither scene was ever trained on."""
@@ -62,7 +63,7 @@ def entropy(kind, task="shapes", caption_first=0.8):
     document. All facts count, those held out too: it is the cost of a held-out document to a model that has the
     grammar and no memory.
     """
-    share = {"caption": (1 - TEXT_ONLY) * (1 - SINGLE), "text": TEXT_ONLY}[kind] / (2 if task == "edit" else 1)
+    share = {"caption": (1 - TEXT_ONLY) * (1 - SINGLE), "text": TEXT_ONLY}[kind] * (0.4 if task == "edit" else 1)
     if kind == "caption" and task != "text":
         share *= caption_first
     return -math.log(share) + math.log(2 * len(shapes.FACTS))

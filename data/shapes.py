@@ -87,11 +87,14 @@ def sprite(shape, zoom=16):
 
 SPRITES = {shape: sprite(shape) for shape in SHAPES}
 
-def render(scene, rng):
-    """Draw a Scene with rng (random.Random) jittering the places. Returns uint8 (32, 32, 3)."""
+def render(scene, rng, second_first=False):
+    """Draw a Scene with rng (random.Random) jittering the places. Returns uint8 (32, 32, 3).
+
+    The first thing takes its jitter from rng first, or the second one.
+    """
     image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUND)
     things = [scene.first] if scene.second is None else [scene.first, scene.second]
-    for i, thing in enumerate(things):
+    for i, thing in sorted(enumerate(things), reverse=second_first):
         along, across = 16 + jitter(rng, 4), 16 + jitter(rng, 4)
         if len(things) == 2:  # the first thing of a pair is always the left or the upper one
             along = 8 + 16 * i + jitter(rng, 1)
