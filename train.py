@@ -142,8 +142,8 @@ class Trained:
     def log_likelihood(self, texts, drawn):
         """log P and number of tokens of each text with the mark behind it: BOI if something is drawn, else EOS."""
         tokens, image_id = pack([[text] for text in texts], self.tokenizer, self.model.cfg.n_patches)
-        tokens = tokens.masked_fill(tokens == EOS, BOI if drawn else EOS).to(self.model.device)
-        image_id = image_id.to(self.model.device)
+        tokens, image_id = (x.to(self.model.device) for x in (tokens, image_id))
+        tokens = tokens.masked_fill(tokens == EOS, BOI if drawn else EOS)
         error, counts = token_losses(self.model(tokens[:, :-1], image_id[:, :-1])[0], tokens, image_id)
         return -(error * counts).sum(1).cpu().numpy(), counts.sum(1).cpu().numpy()
 
@@ -152,8 +152,8 @@ class Trained:
         texts, latents = [], []
         for i in range(0, len(prompts), 128):
             batch = make_batch(prompts[i:i + 128], self.vae, self.tokenizer, self.model.cfg, end=False)
-            tokens, _, images = generate(self.model, *batch, steps=self.run.sample_steps, sampler=self.run.sampler,
-                                         **options)
+            options.update(steps=self.run.sample_steps, sampler=self.run.sampler)
+            tokens, _, images = generate(self.model, *batch, **options)
             texts += [self.tokenizer.decode(row) for row in tokens.tolist()]
             latents.append(images[:, -1])
         return texts, torch.cat(latents)
@@ -250,9 +250,7 @@ def main(argv=None):
     made = {"command": " ".join(["python train.py", *(argv or sys.argv[1:])])}
     preset, resume, eval_only = (given.pop(name, None) for name in ("preset", "resume", "eval_only"))
     name = given.get("task", "chameleon" if given.get("model") == "chameleon" else "shapes")
-    given["run"] = given.get("run", f"runs/{name}")
-    if not (resume or eval_only):
-        given = {**DEFAULTS.get(name, {}), **given}
+    given = {"run": f"runs/{name}", **({} if resume or eval_only else DEFAULTS.get(name, {})), **given}
     for_model = {name: given.pop(name) for name in list(given) if name in Config.__dataclass_fields__}
     try:
         run, cfg = Run(**given), replace(PRESETS[preset or "laptop"], **for_model)
@@ -262,8 +260,6 @@ def main(argv=None):
     old = folder if resume or eval_only else run.init
     if old and (preset or set(for_model) - (set(OF_THE_LOSS) if run.init else set())):
         sys.exit("A checkpoint has its own model: its options cannot be given with --resume, --eval-only or --init.")
-
-    # Begin, or go on from a checkpoint.
     if old:
         saved, (ema, vae, tokenizer) = load_run(old, device)
         ema.cfg, cfg = (replace(cfg, **for_model) for cfg in (ema.cfg, saved["cfg"]))
