@@ -35,12 +35,11 @@ from transfusion import (BOI, EOS, MARKS, N_SPECIAL, PAD, PRESETS, Config, Token
 
 DEFAULTS = {  # of a run, where they are not those below
     "text": {"batch_size": 156},  # as many places a step as with pictures
-    # 8192 edits, and captions often enough that they, not instructions, are what most likely follows a picture
-    "edit": {"documents": 13652, "caption_first": 0.3, "steps": 1500, "batch_size": 32, "eval_every": 300,
-             "lambda_ddpm": 5.0, "t_dist": "uniform", "noise_cap": 0.0},
+    "edit": {"documents": 13652, "caption_first": 0.6, "steps": 1500, "batch_size": 32, "lr": 3e-3, "eval_every": 300,
+             "lambda_ddpm": 5.0, "t_dist": "uniform", "noise_cap": 0.0, "text_between": False},  # 8192 are edits
     "chameleon": {"vae_steps": 1500},
 }
-OF_THE_LOSS = "noise_cap", "lambda_ddpm", "drop_text", "t_dist"  # the model's options that --init can change
+OF_THE_LOSS = "noise_cap", "lambda_ddpm", "drop_text", "t_dist", "text_between"  # what --init can change of the model
 
 @dataclass
 class Run:
@@ -142,7 +141,7 @@ class Trained:
     def log_likelihood(self, texts, drawn):
         """log P and number of tokens of each text with the mark behind it: BOI if something is drawn, else EOS."""
         tokens, image_id = pack([[text] for text in texts], self.tokenizer, self.model.cfg.n_patches)
-        tokens, image_id = (x.to(self.model.device) for x in (tokens, image_id))
+        tokens, image_id = (x.to(self.vae.mean.device) for x in (tokens, image_id))
         tokens = tokens.masked_fill(tokens == EOS, BOI if drawn else EOS)
         error, counts = token_losses(self.model(tokens[:, :-1], image_id[:, :-1])[0], tokens, image_id)
         return -(error * counts).sum(1).cpu().numpy(), counts.sum(1).cpu().numpy()

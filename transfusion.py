@@ -57,6 +57,7 @@ class Config:
     lambda_ddpm: float = option(1.5, "weight of the diffusion loss beside the language loss; the paper's is 5")
     noise_cap: float = option(0.5, "largest t of an image whose text comes only after it; 1 is off, 0 shows it clean")
     drop_text: float = option(0.1, "share of the images with text before them that train without it, for guidance")
+    text_between: bool = option(True, "learn to write the text between two images; off: it is an instruction")
     image_size: int = option(32, "pixels a side")
     latent_size: int = option(8, "VAE latents a side")
     latent_channels: int = option(4, "channels of a VAE latent")
@@ -439,14 +440,16 @@ def nth_patch(image_id):
     """(B, T): which of its row's patches, all images in one list, an image place holds. Elsewhere any number."""
     return (image_id >= 0).cumsum(1).sub(1).clamp(min=0)
 
-def token_losses(logits, tokens, image_id):
+def token_losses(logits, tokens, image_id, text_between=True):
     """-log P(next token) of each place but the last, and which of them count: both (B, T - 1).
 
     logits (B, T - 1, V) are those of all places but the last. There is no LM loss where the input is BOI (what follows
-    is an image) or a patch (EOI is appended, not predicted), nor where padding follows.
+    is an image) or a patch (EOI is appended, not predicted), nor where padding follows; nor, without text_between,
+    where an instruction follows, text between two images, which is given and not to be imitated.
     """
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    counts = (inputs != BOI) & (image_id[:, :-1] < 0) & (targets != PAD)
+    inputs, targets, n_images = tokens[:, :-1], tokens[:, 1:], image_id.cummax(1).values[:, 1:] + 1
+    instructs = (targets >= N_SPECIAL) & (n_images > 0) & (n_images < n_images[:, -1:])
+    counts = (inputs != BOI) & (image_id[:, :-1] < 0) & (targets != PAD) & (~instructs | text_between)
     error = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return error.view_as(targets), counts
 
@@ -468,10 +471,6 @@ class Transfusion(nn.Module):
             if p.dim() == 2:
                 last_of_block = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(p, std=0.02 / (math.sqrt(2 * cfg.n_layers) if last_of_block else 1))
-
-    @property
-    def device(self):
-        return self.lm_head.weight.device
 
     def forward(self, tokens, image_id, latents=None, t=None, cache=None):
         """tokens, image_id (B, T), noised latents (B, K, C, H, W), t (B, K) -> logits (B, T, V), pred (B, K, C, H, W).
@@ -530,7 +529,7 @@ class Transfusion(nn.Module):
         loss_ddpm = mean_where(error, exists & (t > 0))                        # a clean image has nothing to tell
 
         # LM loss: a mean over the tokens that count.
-        error, counts = token_losses(logits, tokens, image_id)
+        error, counts = token_losses(logits, tokens, image_id, self.cfg.text_between)
         loss_lm = mean_where(error, counts & ~drop[:, None])
         # DEVIATION: lambda_ddpm is 1.5, the paper's is 5. On 256 validation examples after 1280 steps, 5 told 0.80 of
         # the pictures right, and 2 told 0.95; of the captions they drew 0.99 and 0.97 right (guidance 3).
@@ -775,7 +774,7 @@ class Chameleon(Transfusion):
         codes = self.vocab_size + codes_of(latents, self.cfg.code_levels).flatten(1)
         codes = F.pad(codes, (0, 1))                                           # so that there is one without images too
         tokens = tokens.where(image_id < 0, codes.gather(1, nth_patch(image_id)))
-        error, is_text = token_losses(logits, tokens, image_id)
+        error, is_text = token_losses(logits, tokens, image_id, self.cfg.text_between)
         is_text, is_code = is_text & ~drop[:, None], image_id[:, 1:] >= 0
         loss = mean_where(error + self.cfg.z_loss * logits.logsumexp(-1) ** 2, is_text | is_code)
         return loss, mean_where(error, is_text), mean_where(error, is_code)

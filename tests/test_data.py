@@ -101,7 +101,7 @@ def test_reasoning_follows_and_the_other_relations_do_not():
         "a blue square is below a red circle. so a red circle is above a blue square.")
     assert {shapes.reasoning(scene, True, r) for r in shapes.INVERSE} > {shapes.reasoning(scene, True)}
 
-@pytest.mark.parametrize("task, caption_first", [("shapes", 0.8), ("shapes", 0.3), ("text", 0.8), ("edit", 0.3)])
+@pytest.mark.parametrize("task, caption_first", [("shapes", 0.8), ("shapes", 0.3), ("text", 0.8), ("edit", 0.6)])
 def test_the_entropy_is_that_of_the_documents(task, caption_first):
     """The grammar's choices counted another way: how many texts of a kind there are, and how often the kind comes."""
     texts = {shapes.reasoning(fact, flip) for fact in shapes.FACTS for flip in (False, True)}

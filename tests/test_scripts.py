@@ -20,7 +20,7 @@ import train
 from data import shapes
 from data import compare
 from train import Muon, Run, Trained, learning_rate, load_run, make_optimizers, parse_options
-from transfusion import BOI, EOS, PRESETS, Config, Tokenizer, Transfusion
+from transfusion import BOI, EOS, PRESETS, VAE, Config, Tokenizer, Transfusion
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--preset", "tiny", "--documents", "400", "--vae-steps", "10", "--steps", "12", "--eval-every", "4",
@@ -286,7 +286,7 @@ def test_likelihood_ranks_by_the_whole_text():
     torch.nn.init.normal_(model.lm_head.weight)
     texts = ["a red circle.", "a blue square left of a red ring."]
     for mark in (BOI, EOS):
-        log_p, count = Trained(model, None, tokenizer, Run()).log_likelihood(texts, drawn=mark == BOI)
+        log_p, count = Trained(model, VAE(PRESETS["tiny"]), tokenizer, Run()).log_likelihood(texts, drawn=mark == BOI)
         for i, text in enumerate(texts):
             tokens = [1, *tokenizer.encode(text), mark]
             logits, _ = model(torch.tensor([tokens]), torch.full((1, len(tokens)), -1))

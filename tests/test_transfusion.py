@@ -108,6 +108,14 @@ def test_where_there_is_an_lm_loss():
         "##.....",  # BOS a | EOS and padding
     ]
 
+def test_an_instruction_is_not_imitated_where_the_text_between_images_is_left_out():
+    tokens, image_id = pack([[IMAGE, "red.", IMAGE, "a"], ["a", IMAGE]], Tokenizer(WORDS), n_patches=2)
+    logits = torch.zeros(2, tokens.shape[1] - 1, len(Tokenizer(WORDS)))
+    for text_between, expected in ((True, "#...###...##"), (False, "#.....#...##")):  # "." still predicts BOI
+        _, counts = token_losses(logits, tokens, image_id, text_between)
+        assert "".join("#" if counted else "." for counted in counts[0]) == expected
+        assert counts[1].sum() == 3  # BOS a | EOI: one image, and no text between two
+
 # ---- Schedule and samplers -------------------------------------------------------------------------------------------
 
 TARGETS = ["eps", "v", "x0", "flow"]
