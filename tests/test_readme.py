@@ -40,6 +40,13 @@ def test_the_training_options_in_the_text_and_the_tables_parse():
     for options in named + [words for script, words in COMMANDS if script == "train" and "--help" not in words]:
         train.parse_options(options.split())
 
+def test_every_comparison_names_the_command_that_made_it():
+    rows = [line for line in README.splitlines() if line.startswith("|") and "`python train.py" in line]
+    for switch in ("`python train.py`", "--no-bidirectional", "--model chameleon"):
+        assert any(switch in row for row in rows), switch
+    for row in rows:
+        assert len([cell for cell in row.split("|")[3:] if re.fullmatch(r" *[0-9.]+ *", cell)]) >= 2, row
+
 def test_ci_runs_the_readmes_test_line():
     ci = (ROOT / ".ci" / "run").read_text()
     for command in ("pip install -q -r requirements.txt pytest ruff", "ruff check .", "python -m pytest"):
