@@ -116,9 +116,9 @@ def learning_rate(run, step):
     return run.lr * min((step + 1) / run.warmup, 0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
 
 def train_vae(vae, run, pictures):
-    pictures = torch.from_numpy(np.stack(pictures or [np.zeros((32, 32, 3), np.uint8)]))  # a text-only run has none
+    pictures = torch.from_numpy(np.stack(pictures))
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.95), weight_decay=0)
-    bar = tqdm(range(run.vae_steps if run.task != "text" else 0), "VAE  ", disable=None)
+    bar = tqdm(range(run.vae_steps), "VAE  ", disable=None)
     for step in bar:
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 30) * (1 - step / run.vae_steps)
         loss = vae.loss(pictures[torch.randint(len(pictures), (64,))])
@@ -127,7 +127,6 @@ def train_vae(vae, run, pictures):
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.4f}")
     vae.calibrate(pictures[:1000])
-    vae.requires_grad_(False).eval()
 
 # ---- What is scored --------------------------------------------------------------------------------------------------
 
@@ -275,7 +274,10 @@ def main(argv=None):
         if not saved:
             tokenizer = Tokenizer(WORDS)
             ema, vae = (part.to(device) for part in make_models(cfg, len(tokenizer)))
-            train_vae(vae, run, [part for document in data for part in document if not isinstance(part, str)])
+            pictures = [part for document in data for part in document if not isinstance(part, str)]
+            if pictures:  # a text-only run has none
+                train_vae(vae, run, pictures)
+            vae.requires_grad_(False).eval()
         tokens, image_id, latents = make_batch(data, vae, tokenizer, cfg)
         model = copy.deepcopy(ema).requires_grad_(True)
         # FLOPs as the paper counts them, 6 N D: N parameters without the embedding, D places without padding.

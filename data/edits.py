@@ -26,6 +26,7 @@ def edits(scene):
 
 def apply(scene, instruction):
     """The scene that an instruction makes of a scene of two things; None where it makes none, or changes nothing."""
-    return {**edits(scene)["make"], **edits(scene)["move"], **edits(scene)["swap"]}.get(" ".join(instruction.split()))
+    possible = {words: after for kind in edits(scene).values() for words, after in kind.items()}
+    return possible.get(" ".join(instruction.split()))
 
 WORDS = ["make", "the", "move", "to", *SIDES, "swap", "them"]
