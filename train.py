@@ -35,8 +35,8 @@ from transfusion import (BOI, EOS, MARKS, N_SPECIAL, PAD, PRESETS, Config, Token
 
 DEFAULTS = {  # of a run, where they are not those below
     "text": {"batch_size": 156},  # as many places a step as with pictures
-    "edit": {"documents": 13652, "caption_first": 0.6, "steps": 1500, "batch_size": 32, "lr": 3e-3, "eval_every": 300,
-             "lambda_ddpm": 5.0, "t_dist": "uniform", "noise_cap": 0.0, "text_between": False},  # 8192 are edits
+    "edit": {"documents": 13652, "steps": 1200, "batch_size": 32, "lr": 3e-3, "eval_every": 300,
+             "noise_cap": 0.0, "text_between": False},  # 8192 of the documents are edits
     "chameleon": {"vae_steps": 1500},
 }
 OF_THE_LOSS = "noise_cap", "lambda_ddpm", "drop_text", "t_dist", "text_between"  # what --init can change of the model
@@ -49,9 +49,9 @@ class Run:
     seed: int = option(0, "seed of the data, the weights and the noise")
     device: str = option("auto", "cpu, cuda or mps; auto takes what is there")
     documents: int = option(32768, "training documents, drawn before the training starts")
-    caption_first: float = option(0.8, "share of the pairs in which the caption comes first, as in the paper")
+    caption_first: float = option(0.5, "share of the pairs in which the caption comes first; the paper's is 0.8")
     vae_steps: int = option(500, "training steps of the VAE, 64 pictures each")
-    steps: int = option(1600, "training steps of the model")
+    steps: int = option(1200, "training steps of the model")
     batch_size: int = option(64, "documents a step")
     optimizer: str = option("muon", "muon: for the blocks' matrices only; adamw is the paper's", ("muon", "adamw"))
     lr: float = option(4e-3, "peak learning rate")
@@ -61,7 +61,7 @@ class Run:
     ema: float = option(0.99, "decay of the averaged weights, which are the ones that are scored and sampled")
     eval_every: int = option(200, "steps between evaluations and checkpoints")
     eval_n: int = option(512, "held-out examples behind every score of the final table")
-    sample_steps: int = option(12, "denoising steps of an evaluation")
+    sample_steps: int = option(25, "denoising steps of an evaluation")
     sampler: str = option("ddim", "ddpm is the paper's, with 250 steps", ("ddim", "ddpm"))
     cfg_scale: float = option(2.0, "guidance scale of the drawings; the table has a few others too")
 

@@ -16,7 +16,7 @@ from data.edits import WORDS as EDIT_WORDS
 WORDS = [*shapes.WORDS, *(word for word in EDIT_WORDS if word not in shapes.WORDS)]
 TEXT_ONLY, SINGLE = 0.1, 0.1  # shares: of all documents, of the pairs
 
-def documents(task, n, seed, caption_first=0.8):
+def documents(task, n, seed, caption_first=0.5):
     """n training documents of a task; of the pairs of picture and caption, this share has the caption first."""
     rng, result = random.Random(seed), []
     for i in range(n):
@@ -56,7 +56,7 @@ def edit_examples(split, n, seed):
     rng = random.Random(seed)
     return [an_edit(split, rng) for _ in range(n)]
 
-def entropy(kind, task="shapes", caption_first=0.8):
+def entropy(kind, task="shapes", caption_first=0.5):
     """Exact nats per document of the grammar, whose only choices are the kind of document and the fact it tells.
 
     "caption": up to what follows the caption of two things (BOI; in task "text" EOS); "text": a whole text-only

@@ -305,7 +305,7 @@ def test_the_joint_loss_weighs_tokens_and_images(monkeypatch):
     assert alone > 0 and abs(loss_ddpm / alone - 1) < 0.5
 
 SWITCHES = [*({"target": target} for target in TARGETS), {"bidirectional": False}, {"noise_cap": 1.0},
-            {"qk_norm": True}, {"t_dist": "uniform"}, {"lambda_ddpm": 5.0}, {"drop_text": 0.0},
+            {"qk_norm": True}, {"t_dist": "logit_normal"}, {"lambda_ddpm": 1.0}, {"drop_text": 0.0},
             {"patch_position": False},
             *({"patch_size": size, "patch_encoder": kind} for size in (1, 4) for kind in ("linear", "unet")),
             {"patch_encoder": "unet"}, {"model": "chameleon"}, {"model": "chameleon", "patch_size": 4}]
