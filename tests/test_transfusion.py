@@ -274,7 +274,7 @@ def times_and_losses(monkeypatch, documents, **options):
     tokens, image_id, latents, _ = batch(documents, model.cfg)
     return *model.loss(tokens, image_id, latents), times[0]
 
-@pytest.mark.parametrize("t_dist", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("t_dist", ["uniform", "logit_normal", "noisy"])
 def test_an_image_before_its_text_is_noised_at_most_to_the_cap(monkeypatch, t_dist):
     documents = [["a red circle.", IMAGE]] * 200 + [[IMAGE, "a red circle."]] * 200 + [[IMAGE, "a", IMAGE]] * 200
     documents += [[IMAGE]] * 200
