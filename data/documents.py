@@ -40,11 +40,8 @@ def examples(split, n, seed):
     return result
 
 def an_edit(split, rng):
-    """(before, after, picture, instruction, edited picture), both Scenes of this split.
-
-    Each kind equally often; in training "swap them.", one instruction and soon learnt, half as often as the others.
-    """
-    kind = shapes.pick(rng, ("make", "move", "swap", "make", "move")[:5 if split == "train" else 3])
+    """(before, after, picture, instruction, edited picture), both Scenes of this split, each kind equally often."""
+    kind = shapes.pick(rng, ("make", "move", "swap"))
     while True:
         before = shapes.pick(rng, shapes.SPLITS[split])
         found = [edit for edit in edits(before)[kind].items() if shapes.split(edit[1]) == split]
