@@ -473,7 +473,7 @@ class Transfusion(nn.Module):
         self.lm_head = nn.Linear(cfg.dim, vocab_size, bias=False)
         self.patch_decoder = decoder(cfg)
         for name, p in self.named_parameters():
-            if p.dim() == 2 and (cfg.patch_encoder == "linear" or not name.startswith("patch_")):
+            if p.dim() == 2 and (cfg.patch_encoder == "linear" or "coder" not in name):  # the U-Net keeps PyTorch's
                 last_of_block = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(p, std=0.02 / (math.sqrt(2 * cfg.n_layers) if last_of_block else 1))
 
