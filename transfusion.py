@@ -86,8 +86,7 @@ class Config:
             self.latent_shape = self.code_dim, self.grid, self.grid
 
 LAPTOP = Config()
-PAPER = Config(target="eps", patch_position=False,
-               image_size=256, latent_size=32, latent_channels=8, vae_dim=128)
+PAPER = Config(target="eps", patch_position=False, image_size=256, latent_size=32, latent_channels=8, vae_dim=128)
 PRESETS = {
     "laptop": LAPTOP,
     "tiny": replace(LAPTOP, dim=32, n_layers=2, n_heads=2, vae_dim=8),  # for tests: learns little, runs in seconds
@@ -214,8 +213,8 @@ def diffusion_target(x0, eps, t, target):
     An error of x0 is one of v times s, and one of eps times s / a. So with x0 it is the noisy times that count, where
     there is no telling what to draw but from the text, and not the fine ones, where the noise itself is the question.
 
-    DEVIATION: the paper predicts eps (target="eps"); the default is x0. After 1000 steps of train.py, 160 validation
-    captions, both with captions first in 0.8: x0 (lambda 3) draws 1.00 right, v (lambda 1.5, logit_normal) 0.60.
+    DEVIATION: the paper predicts eps (target="eps"); the default is x0. In the time of a toy run x0 draws 0.998 of the
+    held-out captions right, and eps none (README).
     """
     a, s = signal_noise(t[..., None, None, None], target)
     return {"eps": eps, "x0": x0, "v": a * eps - s * x0, "flow": eps - x0}[target]

@@ -56,7 +56,7 @@ def edit_examples(split, n, seed):
     rng = random.Random(seed)
     return [an_edit(split, rng) for _ in range(n)]
 
-def entropy(kind, task="shapes", caption_first=0.5):
+def entropy(kind, task, caption_first):
     """Exact nats per document of the grammar, whose only choices are the kind of document and the fact it tells.
 
     "caption": up to what follows the caption of two things (BOI; in task "text" EOS); "text": a whole text-only

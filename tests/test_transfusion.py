@@ -274,6 +274,11 @@ def times_and_losses(monkeypatch, documents, **options):
     tokens, image_id, latents, _ = batch(documents, model.cfg)
     return *model.loss(tokens, image_id, latents), times[0]
 
+@pytest.mark.parametrize("t_dist, early", [("uniform", 0.5), ("logit_normal", 0.5), ("noisy", 0.25)])
+def test_the_times_are_in_reach_and_as_often_early_as_they_say(t_dist, early):
+    t = transfusion.sample_t((20000,), t_dist, "cpu")
+    assert t.min() >= 0 and t.max() <= 1 and abs((t < 0.5).float().mean() - early) < 0.02
+
 @pytest.mark.parametrize("t_dist", ["uniform", "logit_normal", "noisy"])
 def test_an_image_before_its_text_is_noised_at_most_to_the_cap(monkeypatch, t_dist):
     documents = [["a red circle.", IMAGE]] * 200 + [[IMAGE, "a red circle."]] * 200 + [[IMAGE, "a", IMAGE]] * 200
