@@ -21,7 +21,7 @@ def documents(task, n, seed, caption_first=0.5):
     rng, result = random.Random(seed), []
     for i in range(n):
         if task == "edit" and i % 5 < 3:
-            _, _, *document = an_edit("train", rng)
+            _, _, *document = an_edit("train", rng, ("make", "make", "move", "move", "swap"))  # swaps are soon learned
         elif rng.random() < TEXT_ONLY:
             document = [shapes.reasoning(shapes.pick(rng, shapes.SPLITS["train"]), flip=rng.random() < 0.5)]
         else:
@@ -39,9 +39,9 @@ def examples(split, n, seed):
         result.append((scene, shapes.describe(scene, rng.random() < 0.5), shapes.render(scene, rng)))
     return result
 
-def an_edit(split, rng):
-    """(before, after, picture, instruction, edited picture), both Scenes of this split, each kind equally often."""
-    kind = shapes.pick(rng, ("make", "move", "swap"))
+def an_edit(split, rng, kinds=("make", "move", "swap")):
+    """(before, after, picture, instruction, edited picture), both Scenes of this split, each kind as often as named."""
+    kind = shapes.pick(rng, kinds)
     while True:
         before = shapes.pick(rng, shapes.SPLITS[split])
         found = [edit for edit in edits(before)[kind].items() if shapes.split(edit[1]) == split]

@@ -274,16 +274,19 @@ def times_and_losses(monkeypatch, documents, **options):
     tokens, image_id, latents, _ = batch(documents, model.cfg)
     return *model.loss(tokens, image_id, latents), times[0]
 
-@pytest.mark.parametrize("t_dist, early", [("uniform", 0.5), ("logit_normal", 0.5), ("noisy", 0.25)])
-def test_the_times_are_in_reach_and_as_often_early_as_they_say(t_dist, early):
-    t = transfusion.sample_t((20000,), t_dist, "cpu")
-    assert t.min() >= 0 and t.max() <= 1 and abs((t < 0.5).float().mean() - early) < 0.02
+@pytest.mark.parametrize("t_power", [1.0, 2.0, 4.0])
+def test_the_times_have_the_density_that_they_should(t_power):
+    t = transfusion.sample_t((20000,), t_power, "cpu")
+    assert t.min() >= 0 and t.max() <= 1
+    for end in (0.3, 0.5, 0.8):  # the integral of t_power * t^(t_power - 1) from 0 to end
+        assert abs((t < end).float().mean() - end**t_power) < 0.02
 
-@pytest.mark.parametrize("t_dist", ["uniform", "logit_normal", "noisy"])
-def test_an_image_before_its_text_is_noised_at_most_to_the_cap(monkeypatch, t_dist):
+@pytest.mark.parametrize("drop_text", [0.0, 1.0])  # a document that loses its text for guidance keeps its times
+@pytest.mark.parametrize("t_power", [1.0, 2.0])
+def test_an_image_before_its_text_is_noised_at_most_to_the_cap(monkeypatch, t_power, drop_text):
     documents = [["a red circle.", IMAGE]] * 200 + [[IMAGE, "a red circle."]] * 200 + [[IMAGE, "a", IMAGE]] * 200
     documents += [[IMAGE]] * 200
-    *_, t = times_and_losses(monkeypatch, documents, t_dist=t_dist, noise_cap=0.5, drop_text=0.0)
+    *_, t = times_and_losses(monkeypatch, documents, t_power=t_power, noise_cap=0.5, drop_text=drop_text)
     assert t[:200, 0].max() > 0.8
     assert 0.4 < t[200:400, 0].max() <= 0.5
     assert t[400:600, 0].max() <= 0.5 and t[400:600, 1].max() > 0.8
@@ -310,8 +313,7 @@ def test_the_joint_loss_weighs_tokens_and_images(monkeypatch):
     assert alone > 0 and abs(loss_ddpm / alone - 1) < 0.5
 
 SWITCHES = [*({"target": target} for target in TARGETS), {"bidirectional": False}, {"noise_cap": 1.0},
-            {"qk_norm": True}, {"t_dist": "logit_normal"}, {"lambda_ddpm": 1.0}, {"drop_text": 0.0},
-            {"patch_position": False},
+            {"qk_norm": True}, {"t_power": 1.0}, {"lambda_ddpm": 1.0}, {"drop_text": 0.0}, {"patch_position": False},
             *({"patch_size": size, "patch_encoder": kind} for size in (1, 4) for kind in ("linear", "unet")),
             {"patch_encoder": "unet"}, {"model": "chameleon"}, {"model": "chameleon", "patch_size": 4}]
 
@@ -593,7 +595,7 @@ def test_the_papers_sizes_have_the_papers_parameters(name):
 @pytest.mark.parametrize("options, word", [
     ({"dim": 99}, "n_heads"), ({"patch_size": 3}, "patch_size"), ({"image_size": 48}, "2, 4, 8"),
     ({"patch_size": 16}, "patch_size"), ({"patch_encoder": "conv"}, "patch_encoder"), ({"model": "gpt"}, "model"),
-    ({"target": "noise"}, "target"), ({"t_dist": "normal"}, "t_dist"),
+    ({"target": "noise"}, "target"), ({"t_power": 0.0}, "t_power"),
 ])
 def test_a_config_that_cannot_be_says_why(options, word):
     with pytest.raises(ValueError, match=word):
