@@ -188,7 +188,7 @@ def dense_mask(may_see, query, n_keys):
 def sample_t(shape, t_power, device):
     """Training times. NOT STATED: the paper names no distribution; DDPM's is uniform (t_power 1).
 
-    The noisy ones, where the text decides what is drawn, need more practice: after 600 steps 2 drew 0.97, 1 drew 0.39.
+    The noisy ones, where the text decides what is drawn, need more practice: with 2 the U-Net drew 0.94, with 1 0.37.
     """
     return torch.rand(shape, device=device) ** (1 / t_power)
 
@@ -213,7 +213,7 @@ def diffusion_target(x0, eps, t, target):
     An error of x0 is one of v times s, and one of eps times s / a. So with x0 it is the noisy times that count, where
     there is no telling what to draw but from the text, and not the fine ones, where the noise itself is the question.
 
-    DEVIATION: the paper predicts eps (target="eps"); the default is x0. In the time of a toy run x0 draws 0.998 of the
+    DEVIATION: the paper predicts eps (target="eps"); the default is x0. In the time of a toy run x0 draws 0.996 of the
     held-out captions right, and eps none (README).
     """
     a, s = signal_noise(t[..., None, None, None], target)
