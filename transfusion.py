@@ -509,10 +509,9 @@ class Transfusion(nn.Module):
 
     def loss(self, tokens, image_id, latents):
         """The joint loss of a batch of clean latents: (loss, loss_lm, loss_ddpm). Section 3, training objective."""
-        # For guidance, some of the rows with a captioned image go on without their text, and train the images only.
+        # For guidance, some of the rows with a captioned image shall lose their text and train the images only.
         # NOT STATED: how often.
         drop = rows_to_drop(tokens, self.cfg.drop_text)
-        tokens, image_id = without_text(tokens, image_id, drop)
 
         # Every image has a t of its own. Text sees the images before it as noised as they are. So that there is
         # something to see, images that precede all text are noised at most to noise_cap (table 8 of the paper).
@@ -524,6 +523,7 @@ class Transfusion(nn.Module):
         t = sample_t(exists.shape, self.cfg.t_power, tokens.device)
         t = torch.where(shown_first, t * self.cfg.noise_cap, t)
 
+        tokens, image_id = without_text(tokens, image_id, drop)
         eps = torch.randn_like(latents)
         xt = q_sample(latents, eps, t, self.cfg.target)                        # the latents are noised, not the patches
         logits, pred = self(tokens[:, :-1], image_id[:, :-1], xt, t)           # the last place is never a patch

@@ -281,11 +281,12 @@ def test_the_times_have_the_density_that_they_should(t_power):
     for end in (0.3, 0.5, 0.8):  # the integral of t_power * t^(t_power - 1) from 0 to end
         assert abs((t < end).float().mean() - end**t_power) < 0.02
 
+@pytest.mark.parametrize("drop_text", [0.0, 1.0])  # a document that loses its text for guidance keeps its times
 @pytest.mark.parametrize("t_power", [1.0, 2.0])
-def test_an_image_before_its_text_is_noised_at_most_to_the_cap(monkeypatch, t_power):
+def test_an_image_before_its_text_is_noised_at_most_to_the_cap(monkeypatch, t_power, drop_text):
     documents = [["a red circle.", IMAGE]] * 200 + [[IMAGE, "a red circle."]] * 200 + [[IMAGE, "a", IMAGE]] * 200
     documents += [[IMAGE]] * 200
-    *_, t = times_and_losses(monkeypatch, documents, t_power=t_power, noise_cap=0.5, drop_text=0.0)
+    *_, t = times_and_losses(monkeypatch, documents, t_power=t_power, noise_cap=0.5, drop_text=drop_text)
     assert t[:200, 0].max() > 0.8
     assert 0.4 < t[200:400, 0].max() <= 0.5
     assert t[400:600, 0].max() <= 0.5 and t[400:600, 1].max() > 0.8
