@@ -49,7 +49,7 @@ class Run:
     seed: int = option(0, "seed of the data, the weights and the noise")
     device: str = option("auto", "cpu, cuda or mps; auto takes what is there")
     documents: int = option(32768, "training documents, drawn before the training starts")
-    # DEVIATION: 0.8 in the paper, which told 0.61 and drew 1.00; 0.5 0.98 and 0.99 (validation, 1000 steps, lambda 3).
+    # DEVIATION: 0.8 in the paper, which told 0.61 and drew 1.00; 0.5 0.98 and 0.99 (validation, lambda 3, t_power 1).
     caption_first: float = option(0.5, "share of the pairs in which the caption comes first")
     vae_steps: int = option(500, "training steps of the VAE, 64 pictures each")
     steps: int = option(1200, "training steps of the model")
