@@ -22,8 +22,7 @@ D width, V vocabulary. Every batch is rectangular:
     image_id  (B, T) int64       -1 for text, k for an element of the k-th image of that sequence
     latents   (B, K, C, H, W)    VAE latents of up to K images; some sequence has all K
 
-and in training every image is noised to a time of its own, t (B, K): 0 is clean, 1 is pure noise (the paper counts it
-in 1000 steps).
+and in training every image is noised to a time of its own, t (B, K): 0 is clean, 1 is pure noise (the paper's 1000).
 """
 
 import math
@@ -50,7 +49,7 @@ class Config:
     qk_norm: bool = option(False, "normalise queries and keys; Chameleon always does")
     bidirectional: bool = option(True, "the patches of an image see each other; off: causal attention everywhere")
     target: str = option("x0", "what the diffusion head predicts; the paper's is eps", ("eps", "v", "x0", "flow"))
-    t_power: float = option(2.0, "density of t in training: t_power * t^(t_power - 1); 1 is uniform, more is noisier")
+    t_power: float = option(2.0, "density of t, also in drawing: t_power * t^(t_power - 1); 1 is uniform, more noisier")
     patch_encoder: str = option("linear", "between latents and transformer: linear or U-Net", ("linear", "unet"))
     unet_dim: int = option(32, "channels of the U-Net at full size, doubled with every halving")
     patch_position: bool = option(True, "add a learned embedding of its place in the picture to every patch")
@@ -540,10 +539,11 @@ class Transfusion(nn.Module):
     def draw(self, look, logits, shape, steps, cfg_scale, sampler):
         """Diffusion mode: denoise images of the given shape (B, 1, C, H, W), and yield them after every step.
 
-        look(xt, t) runs the model on them behind what was written so far; logits are those at the BOI before them.
+        look(xt, t) runs the model on them behind what was written so far; logits are those at the BOI before them. NOT
+        STATED: the times. Here as dense as in training, for every step adds an error: few where it practised little.
         """
         xt = torch.randn(shape, device=logits.device)
-        for t, t_next in pairwise(torch.linspace(1, 0, steps + 1, device=logits.device)):
+        for t, t_next in pairwise(torch.linspace(1, 0, steps + 1, device=logits.device) ** (1 / self.cfg.t_power)):
             _, pred = look(xt, t)
             xt = p_sample(xt, guide(pred, cfg_scale), t, t_next, self.cfg.target, sampler)
             yield xt
@@ -635,7 +635,7 @@ def generate(model, tokens, image_id, latents, max_length=None, max_images=1, st
                 images[drawing, n_images[drawing]] = xt[drawing, 0]
                 if watch:
                     watch(*so_far())
-            # What stays is the finished image, run once more clean. EOI behind it is appended, not predicted.
+            # NOT STATED: what stays. Here the finished image, run once more clean, and EOI, appended, not predicted.
             eoi = torch.full_like(pads[:, :1], EOI)
             append(torch.cat([pads, eoi], 1), torch.cat([ids, torch.full_like(eoi, -1)], 1),
                    with_twins(drawing) * (n + 1), with_twins(xt))

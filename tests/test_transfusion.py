@@ -281,6 +281,18 @@ def test_the_times_have_the_density_that_they_should(t_power):
     for end in (0.3, 0.5, 0.8):  # the integral of t_power * t^(t_power - 1) from 0 to end
         assert abs((t < end).float().mean() - end**t_power) < 0.02
 
+@pytest.mark.parametrize("t_power", [1.0, 2.0, 4.0])
+def test_the_steps_of_drawing_lie_as_densely_as_the_times_of_training(t_power):
+    model, seen = tiny(t_power=t_power), []
+    def look(xt, t):
+        seen.append(t)
+        return None, xt
+    for _ in model.draw(look, torch.zeros(1, 1), (1, 1, *model.cfg.latent_shape), 200, cfg_scale=1, sampler="ddim"):
+        pass
+    assert len(seen) == 200 and seen[0] == 1
+    for end in (0.3, 0.5, 0.8):
+        assert abs((torch.stack(seen) < end).float().mean() - end**t_power) < 0.02
+
 @pytest.mark.parametrize("drop_text", [0.0, 1.0])  # a document that loses its text for guidance keeps its times
 @pytest.mark.parametrize("t_power", [1.0, 2.0])
 def test_an_image_before_its_text_is_noised_at_most_to_the_cap(monkeypatch, t_power, drop_text):
@@ -399,7 +411,7 @@ def generate_slowly(model, tokens, image_id, latents, max_length, steps, cfg_sca
             tokens, image_id = extended([EOI], -1)
             continue
         x = torch.randn(1, 1, *cfg.latent_shape)
-        for t, t_next in pairwise(torch.linspace(1, 0, steps + 1)):
+        for t, t_next in pairwise(torch.linspace(1, 0, steps + 1) ** (1 / cfg.t_power)):
             times = torch.cat([torch.zeros(1, k), t.view(1, 1)], 1)
             pred = model(tokens, image_id, torch.cat([images, x], 1), times)[1][:, -1:]
             without = model(null[0][:, :kept], null[1][:, :kept], torch.cat([images, x], 1), times)[1][:, -1:]
@@ -428,7 +440,8 @@ def test_generation_with_the_cache_equals_generation_without(kind, sampler, cfg_
         fast = generate(model, tokens, image_id, latents, max_images=3, **options)
         assert fast[0].equal(slow[0]) and fast[1].equal(slow[1])
         n = slow[2].shape[1]
-        torch.testing.assert_close(fast[2][:, :n], slow[2], atol=2e-3, rtol=2e-3)
+        size = 1 + slow[2].abs().mean().item()                                 # large where random weights blow up
+        torch.testing.assert_close(fast[2][:, :n], slow[2], atol=2e-3 * size, rtol=2e-3)
         drawn += n - 1
     assert drawn >= 3, "the test has to see the switch"
 
