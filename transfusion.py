@@ -187,7 +187,7 @@ def dense_mask(may_see, query, n_keys):
 def sample_t(shape, t_power, device):
     """Training times. NOT STATED: the paper names no distribution; DDPM's is uniform (t_power 1).
 
-    The noisy ones, where the text decides what is drawn, need more practice: the U-Net drew 0.94 with 2, 0.37 with 1.
+    The noisy ones, where the text decides what is drawn, need more practice: the U-Net drew 0.91 with 2, 0.37 with 1.
     """
     return torch.rand(shape, device=device) ** (1 / t_power)
 
