@@ -22,7 +22,7 @@ D width, V vocabulary. Every batch is rectangular:
     image_id  (B, T) int64       -1 for text, k for an element of the k-th image of that sequence
     latents   (B, K, C, H, W)    VAE latents of up to K images; some sequence has all K
 
-and in training every image is noised to a time of its own, t (B, K): 0 is clean, 1 is pure noise (the paper's 1000).
+and in training every image is noised to a time of its own, t (B, K): 0 is clean, 1 pure noise (the paper's step 1000).
 """
 
 import math
@@ -49,7 +49,7 @@ class Config:
     qk_norm: bool = option(False, "normalise queries and keys; Chameleon always does")
     bidirectional: bool = option(True, "the patches of an image see each other; off: causal attention everywhere")
     target: str = option("x0", "what the diffusion head predicts; the paper's is eps", ("eps", "v", "x0", "flow"))
-    t_power: float = option(2.0, "density of t, also in drawing: t_power * t^(t_power - 1); 1 is uniform, more noisier")
+    t_power: float = option(2.0, "density of t, also in drawing: t_power * t^(t_power - 1); 1 is uniform, 2 noisier")
     patch_encoder: str = option("linear", "between latents and transformer: linear or U-Net", ("linear", "unet"))
     unet_dim: int = option(32, "channels of the U-Net at full size, doubled with every halving")
     patch_position: bool = option(True, "add a learned embedding of its place in the picture to every patch")
@@ -539,8 +539,8 @@ class Transfusion(nn.Module):
     def draw(self, look, logits, shape, steps, cfg_scale, sampler):
         """Diffusion mode: denoise images of the given shape (B, 1, C, H, W), and yield them after every step.
 
-        look(xt, t) runs the model on them behind what was written so far; logits are those at the BOI before them. NOT
-        STATED: the times. Here as dense as in training, for every step adds an error: few where it practised little.
+        look(xt, t) runs the model on them behind what was written; logits are those at the BOI before them.
+        NOT STATED: the times. Here as dense as in training: a step adds an error, so few lie where it trained little.
         """
         xt = torch.randn(shape, device=logits.device)
         for t, t_next in pairwise(torch.linspace(1, 0, steps + 1, device=logits.device) ** (1 / self.cfg.t_power)):
