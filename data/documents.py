@@ -21,7 +21,7 @@ def documents(task, n, seed, caption_first=0.5):
     rng, result = random.Random(seed), []
     for i in range(n):
         if task == "edit" and i % 5 < 3:
-            kinds = "make", "make", "move", "move", "move", "swap"  # mixed so on validation
+            kinds = "make", "make", "make", "move", "move", "swap"  # mixed so on validation
             _, _, *document = an_edit("train", rng, kinds)
         elif rng.random() < TEXT_ONLY:
             document = [shapes.reasoning(shapes.pick(rng, shapes.SPLITS["train"]), flip=rng.random() < 0.5)]
