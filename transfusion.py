@@ -19,7 +19,7 @@ Shapes: B sequences, T places, K images per sequence, C x H x W latents, N patch
 D width, V vocabulary. Every batch is rectangular:
 
     tokens    (B, T) int64       text ids; image places hold PAD, and padding is on the right
-    image_id  (B, T) int64       -1 for text, k for an element of the k-th image of that sequence
+    image_id  (B, T) int64       -1 for text, k for a patch of the k-th image of that sequence, from 0
     latents   (B, K, C, H, W)    VAE latents of up to K images; some sequence has all K
 
 and in training every image is noised to a time of its own, t (B, K): 0 is clean, 1 pure noise (the paper's step 1000).
@@ -54,9 +54,9 @@ class Config:
     unet_dim: int = option(32, "channels of the U-Net at full size, doubled with every halving")
     patch_position: bool = option(True, "add a learned embedding of its place in the picture to every patch")
     lambda_ddpm: float = option(5.0, "weight of the diffusion loss beside the language loss")
-    noise_cap: float = option(0.5, "factor of t for images with all text after them; 1 is off, 0 shows them clean")
+    noise_cap: float = option(0.5, "multiplies t of images before all text; 1 is off, 0 shows them clean")
     drop_text: float = option(0.1, "share of the documents with text before an image to train without it, for guidance")
-    text_between: bool = option(True, "learn to write the text between two images; off: it is given, an instruction")
+    text_between: bool = option(True, "learn to write the text between two images; off: it is a given instruction")
     image_size: int = option(32, "pixels a side")
     latent_size: int = option(8, "VAE latents a side")
     latent_channels: int = option(4, "channels of a VAE latent")
@@ -187,7 +187,7 @@ def dense_mask(may_see, query, n_keys):
 def sample_t(shape, t_power, device):
     """Training times. NOT STATED: the paper names no distribution; DDPM's is uniform (t_power 1).
 
-    The noisy ones, where the text decides what is drawn, need more practice: the U-Net drew 0.91 with 2, 0.37 with 1.
+    The noisy ones, where the text decides what is drawn, need practice: the U-Net draws 0.91 right with 2, 0.37 with 1.
     """
     return torch.rand(shape, device=device) ** (1 / t_power)
 
@@ -210,10 +210,10 @@ def diffusion_target(x0, eps, t, target):
     """What the model should say about x_t. Each answer gives the others; only their errors weigh differently.
 
     An error of x0 is one of v times s, and one of eps times s / a. So with x0 it is the noisy times that count, where
-    there is no telling what to draw but from the text, and not the fine ones, where the noise itself is the question.
+    there is no telling what to draw but from the text, and not the nearly clean ones, where only noise is to be told.
 
-    DEVIATION: the paper predicts eps (target="eps"); the default is x0. In the time of a toy run, at uniform times, x0
-    draws 0.998 of the held-out captions right, and eps none (README).
+    DEVIATION: the paper predicts eps (target="eps"); the default is x0. In a toy run, both with t_power 1, x0 draws
+    0.998 of the held-out captions right, and eps none (README).
     """
     a, s = signal_noise(t[..., None, None, None], target)
     return {"eps": eps, "x0": x0, "v": a * eps - s * x0, "flow": eps - x0}[target]
@@ -235,7 +235,7 @@ def x0_and_eps(pred, xt, t, target):
 def p_sample(xt, pred, t, t_next, target, sampler):
     """One denoising step, from time t to t_next < t.
 
-    Both take the predicted x0 and noise it to t_next. "ddim" takes the predicted noise for all of it; "ddpm", the
+    Both samplers noise the predicted x0 to t_next. "ddim" takes the predicted noise for all of it; "ddpm", the
     paper's ancestral sampler, replaces some by fresh noise: the variance of DDPM's posterior q(x_t_next | x_t, x0).
 
     DEVIATION: the default is ddim, with 25 to 50 steps where the paper takes 250 (sampler="ddpm" is the way back).
@@ -304,10 +304,10 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
 class KVCache:
-    """For generation only: the keys and values of every layer, and how many places of each row are there to stay.
+    """For generation only: the keys and values of every layer, and length, how many places of each row are kept.
 
-    The model writes behind a row's length and does not move it. To keep what it wrote, its caller moves length; what
-    lies behind length is free to be overwritten, as every step of denoising is by the next, and no kept place sees it.
+    The model writes after a row's length and does not move it. To keep what it wrote, its caller moves length; what
+    lies past length is free to be overwritten, as every step of denoising is by the next, and no kept place sees it.
     """
 
     def __init__(self, cfg, rows, places, like):
@@ -389,8 +389,8 @@ class ResBlock(nn.Module):
 class UNetDown(nn.Module):
     """The paper's other encoder: the down half of a U-Net, from noised latents and t to one vector a patch.
 
-    Each halving of the side doubles the patch: none for patches of one latent, two for 4 x 4. What every size looked
-    like on the way goes to the up half, behind the transformer: h_in = (embedding of t, skips), the long skip.
+    The side is halved log2(patch_size) times: never for patches of one latent, twice for 4 x 4. What every size looked
+    like on the way goes to the up half, after the transformer: h_in = (embedding of t, skips), the long skip.
     """
 
     def __init__(self, cfg, time_dim=128):
@@ -440,7 +440,7 @@ def mean_where(x, counts):
     return (x * counts).sum() / counts.sum().clamp(min=1)
 
 def nth_patch(image_id):
-    """(B, T): which of its row's patches, all images in one list, an image place holds. Elsewhere any number."""
+    """(B, T): which of its row's patches, all images in one list, an image place holds. Elsewhere unused."""
     return (image_id >= 0).cumsum(1).sub(1).clamp(min=0)
 
 def token_losses(logits, tokens, image_id, text_between=True):
@@ -521,7 +521,7 @@ class Transfusion(nn.Module):
         t = sample_t(exists.shape, self.cfg.t_power, tokens.device)
         t = torch.where(shown_first, t * self.cfg.noise_cap, t)
 
-        # The text goes only now: without its instruction too, an edit sees its first image as clean as in generation.
+        # The text goes only now, after the cap: without its instruction too, an edit's first image keeps its t.
         tokens, image_id = without_text(tokens, image_id, drop)
         eps = torch.randn_like(latents)
         xt = q_sample(latents, eps, t, self.cfg.target)                        # the latents are noised, not the patches
@@ -562,9 +562,9 @@ def generate(model, tokens, image_id, latents, max_length=None, max_images=1, st
 
     Takes tokens, image_id (as pack makes them with end=False) and clean latents (K may be 0). Returns the same three,
     with what was written, and max_images more slots in latents, zero where nothing was drawn (cut off those that no row
-    uses before you give them to the model again). A row ends at max_length (by default room for 64 tokens and the
-    images) or max_images. temperature 0 is greedy, as in the paper; cfg_scale 1 is no guidance. `watch`, if given, is
-    called with the three so far (copy what you keep) after every step. Raises ValueError if a prompt does not fit.
+    uses before you give them to the model again). A row ends with EOS, at max_length (by default room for 64 tokens and
+    the images), or with a BOI after max_images. temperature 0 is greedy, as in the paper; cfg_scale 1 no guidance.
+    `watch` is called with the three so far (copy what you keep) after every step. ValueError if a prompt does not fit.
     """
     cfg, B, n, device = model.cfg, len(tokens), model.cfg.n_patches, tokens.device
     max_length = max_length or tokens.shape[1] + 64 + max_images * (n + 2)
@@ -577,7 +577,7 @@ def generate(model, tokens, image_id, latents, max_length=None, max_images=1, st
 
     def with_twins(x, twins=None):
         """For guidance every row gets a twin, a row with the same marks and images and no text, the null form of
-        training: rows B to 2B. This stacks the twins' values under x (B, ...); without any, they are those of x.
+        training: rows B to 2B. This stacks the twins' values, by default those of x again, under x (B, ...).
         """
         return x if cfg_scale == 1 else torch.cat([x, x if twins is None else twins])
 
@@ -589,8 +589,8 @@ def generate(model, tokens, image_id, latents, max_length=None, max_images=1, st
     logits = torch.zeros(len(cache.length), model.lm_head.out_features, device=device)  # at each row's last place
 
     def append(new_tokens, new_id, n_keep, new_latents=None):
-        """Run new places behind every row, images clean at t = 0, and keep the first n_keep (rows,) of them, also the
-        logits at the last of these and the tokens.
+        """Run new places after every row, images clean at t = 0. The first n_keep (rows,) of them stay in the cache,
+        their tokens in written, and the logits at the last of them in logits.
         """
         t = None if new_latents is None else torch.zeros(new_latents.shape[:2], device=device)
         out, _ = model(new_tokens, new_id, new_latents, t, cache)
@@ -752,7 +752,7 @@ class QuantisedVAE(VAE):
 class Chameleon(Transfusion):
     """The discrete baseline (arXiv 2405.09818). The same transformer, sequence and generation loop; what changes:
 
-    1. A patch is a code, and every code is one more token of the vocabulary: in and out like a word, without a time.
+    1. A patch is a code, and every code is one more token of the vocabulary. There is no t.
     2. Attention is causal everywhere, and queries and keys are normalised.
     3. One loss, that of the next token, be it text or image, with a z-loss that keeps the logits small.
     4. To draw is to sample code after code, with guidance on the logits.
