@@ -35,8 +35,8 @@ from transfusion import (BOI, EOS, MARKS, N_SPECIAL, PAD, PRESETS, Config, Token
 
 DEFAULTS = {  # of a run, where they are not those below
     "text": {"batch_size": 156},  # as many places a step as with pictures
-    "edit": {"documents": 13652, "caption_first": 0.4, "steps": 1400, "batch_size": 32, "optimizer": "adamw",
-             "lr": 1.5e-3, "eval_every": 350, "t_power": 4.0, "noise_cap": 0.0, "text_between": False},  # 8192 edits
+    "edit": {"documents": 13652, "caption_first": 0.4, "steps": 1500, "batch_size": 32, "optimizer": "adamw",
+             "lr": 1.5e-3, "eval_every": 500, "t_power": 4.0, "noise_cap": 0.0, "text_between": False},  # 8192 edits
     "chameleon": {"vae_steps": 1500},
 }
 OF_THE_LOSS = "noise_cap", "lambda_ddpm", "drop_text", "t_power", "text_between"  # what --init can change of the model
