@@ -212,8 +212,8 @@ def diffusion_target(x0, eps, t, target):
     An error of x0 is one of v times s, and one of eps times s / a. So with x0 it is the noisy times that count, where
     there is no telling what to draw but from the text, and not the nearly clean ones, where only noise is to be told.
 
-    DEVIATION: the paper predicts eps (target="eps"); the default is x0, which in a toy run draws 0.994
-    of the held-out captions right, and eps 0.004 (README).
+    DEVIATION: the paper predicts eps (target="eps"); the default is x0, which in a toy run draws 0.994 of
+    the held-out captions right, and eps 0.004 (README).
     """
     a, s = signal_noise(t[..., None, None, None], target)
     return {"eps": eps, "x0": x0, "v": a * eps - s * x0, "flow": eps - x0}[target]
