@@ -1,143 +1,137 @@
-"""Write and draw with a trained run.
+"""Write and draw with a trained model.
 
     python sample.py "a red circle above a blue square."             draws it
-    python sample.py "<picture.png>"                                 says what the picture shows
+    python sample.py "<picture.png>"                                 writes a caption
     python sample.py "<picture.png> make the red circle green."      edits it, after train.py --task edit
     python sample.py                                                 lets the model write and draw what it likes
 
-A prompt is text, in which <file.png> stands for a picture. Several prompts run as one batch. The model goes on from the
-prompt and decides by itself, by writing the token BOI, when to switch from text to diffusion.
+A prompt is text in which <file.png> stands for a picture. Several prompts run as one batch. The model continues the
+prompt, and decides by itself, by predicting the token BOI, when to switch from text to diffusion.
 """
 
 import argparse
+import math
 import os
 import re
 import sys
-from itertools import count, groupby
+from itertools import count
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data.canvas import enlarge, half_blocks
-from train import load_run, pick_device
-from transfusion import MARKS, N_SPECIAL, PAD, generate, make_batch
+from data import plots
+from data.files import load_picture, save_png
+from train import load_checkpoint, pick_device
+from transfusion import encode_pictures, generate
+
+def number(kind, low, high=math.inf):
+    """A type for argparse: a finite int or float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not math.isfinite(value) or not low <= value <= high:
+            limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
+        return value
+    parse.__name__ = kind.__name__  # argparse names it when kind(text) fails
+    return parse
 
 def parse_options(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompts", nargs="*", help='text, with <file.png> for a picture; none: start from nothing')
-    parser.add_argument("--run", help="folder of the trained run (default: the one in runs that was written last)")
-    parser.add_argument("--out", default="samples", help="folder for the pictures (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps, the paper's: 250 (default: 50)")
-    parser.add_argument("--cfg-scale", type=float, help="guidance scale, 1 is none (default: the run's)")
-    parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm is the paper's")
-    parser.add_argument("--temperature", type=float, help="of the text, 0: greedy (default: 0, or 1 without prompt)")
-    parser.add_argument("--max-length", type=int, default=128, help="most places of a sequence (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise and the text (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or mps; auto takes what is there")
+    parser.add_argument("prompts", nargs="*", help="text, with <file.png> for a picture; none: start from nothing")
+    parser.add_argument("--run", default="runs/shapes", help="output directory of the training run [%(default)s]")
+    parser.add_argument("--out", default="samples", type=Path, help="directory for the pictures [%(default)s]")
+    parser.add_argument("--steps", type=number(int, 1), default=50, help="denoising steps; the paper has 250 [50]")
+    parser.add_argument("--guidance-scale", type=number(float, 0), help="of drawing, 1 is none [the run's]")
+    parser.add_argument("--eta", type=number(float, 0, 1), default=0.0, help="0 is DDIM, 1 ancestral sampling [0]")
+    parser.add_argument("--temperature", type=number(float, 0), help="of text, 0 is greedy [0; without prompt 1]")
+    parser.add_argument("--max-tokens", type=number(int, 1), default=64, help="of text between images [64]")
+    parser.add_argument("--max-images", type=number(int, 0), default=4, help="drawn per prompt [%(default)s]")
+    parser.add_argument("--seed", type=number(int, 0, 10**9), default=0, help="of the noise and the text [%(default)s]")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is")
     args = parser.parse_args(argv)
-    if args.steps < 1:
-        parser.error(f"--steps must be at least 1, not {args.steps}")
-    if args.temperature is not None and args.temperature < 0:
-        parser.error(f"--temperature must be 0 or more, not {args.temperature:g}")
-    if Path(args.out).is_file():
-        parser.error(f"--out must be a folder, and {args.out} is a file")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out must be a directory that can be written to: {error}")
+    if args.temperature is None:
+        args.temperature = 0.0 if args.prompts else 1.0
     return args
 
 def parse_prompt(prompt, image_size):
-    """"some text <a.png> more text" -> a document: ["some text", picture, "more text"]."""
-    parts = re.split(r"<([^<>]+)>", prompt)
-    texts, files = parts[::2], parts[1::2]
-    document = [texts[0].strip()]
-    for file, text in zip(files, texts[1:]):
-        document += [load_picture(file, image_size), text.strip()]
-    return [part for part in document if not isinstance(part, str) or part]
+    """"some text <a.png> more text" -> ["some text", picture, "more text"]"""
+    document = []
+    for i, piece in enumerate(re.split(r"<([^<>]+)>", prompt)):
+        if i % 2 == 1:  # what stood between < and >
+            document.append(load_picture(piece, image_size))
+        elif piece.strip():
+            document.append(piece.strip())
+    return document
 
-def load_picture(file, size):
-    """uint8 (size, size, 3) from any picture file: the middle square, made smaller by averaging."""
-    try:
-        with Image.open(file) as image:
-            image = image.convert("RGBA")
-    except FileNotFoundError:
-        sys.exit(f"There is no picture at {file}.")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, ValueError) as error:
-        sys.exit(f"{file} is not a picture that can be read: {error}")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return np.array(ImageOps.fit(image, (size, size), Image.BOX))
+def printable(text):
+    """Text without anything that would move the cursor; bytes that are not UTF-8 become U+FFFD."""
+    text = text.encode(errors="surrogateescape").decode(errors="replace")
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
-def as_text(tokens, image_id, tokenizer):
-    """A sequence as a person reads it: its words, its marks, and its images as a number of patches."""
-    def kind(place):
-        return "image" if place[1] >= 0 else "mark" if place[0] < N_SPECIAL else "text"
-    pieces = []
-    for name, places in groupby(zip(tokens.tolist(), image_id.tolist()), kind):
-        ids = [token for token, _ in places]
-        if name == "text":
-            text = tokenizer.decode(ids)
-            pieces.append("".join(c if c.isprintable() else "\ufffd" for c in text))  # nothing that moves the cursor
-        elif name == "image":
-            pieces.append(f"({len(ids)} patches)")
+def as_text(document, frames):
+    """A document as a person reads it. frames is {index of a part: its denoising steps}, for images that were drawn."""
+    words = []
+    for i, part in enumerate(document):
+        if isinstance(part, str):
+            words.append(printable(part))
+        elif i in frames:
+            words.append("[BOI] " + "." * (len(frames[i]) // 5) + " [EOI]")  # a dot for every five steps
         else:
-            pieces += ["[" + MARKS[token] + "]" for token in ids if token != PAD]
-    return " ".join(pieces)
+            words.append("[BOI] (picture) [EOI]")
+    return " ".join(words)
 
-class Screen:
-    """Sees every token and every denoising step: prints the first row's text, and keeps the images for the GIFs."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.shown, self.frames = tokenizer, "", []
-
-    def __call__(self, tokens, image_id, images):
-        self.frames.append(images.clone())
-        text = as_text(tokens[0], image_id[0], self.tokenizer).rstrip("\ufffd")  # bytes still to come
-        if text == self.shown:
-            text += "."[len(self.frames) % 5:]  # a dot for every five denoising steps
-            print(text[len(self.shown):], end="", flush=True)
-        else:
-            print(text.removeprefix(self.shown), end="", flush=True)
-            self.shown = text
-
-    def frames_of(self, row, k):
-        """The latents of one image after every step in which it changed, (steps, C, H, W)."""
-        history = torch.stack([images[row, k] for images in self.frames])
-        changed = (history.diff(dim=0, prepend=torch.zeros_like(history[:1])) != 0).flatten(1).any(1)
-        return history[changed]
-
-def save_image(frames, folder):
-    """The last frame as a PNG and all of them as an animated GIF, eight times enlarged, under the next free number."""
-    folder.mkdir(parents=True, exist_ok=True)
-    n = next(n for n in count(1) if not (folder / f"{n:03d}.png").exists())
-    png, gif = folder / f"{n:03d}.png", folder / f"{n:03d}.gif"
-    large = [enlarge(frame, 8) for frame in frames]
-    large[-1].save(png)
-    large[0].save(gif, save_all=True, append_images=large[1:], duration=[40] * (len(large) - 1) + [1500], loop=0)
+def save_drawing(frames, directory):
+    """Write the last of the frames, uint8 (steps, H, W, 3), as a PNG and all of them as a GIF. Returns both paths."""
+    n = next(n for n in count(1) if not (directory / f"{n:03d}.png").exists())
+    png, gif = directory / f"{n:03d}.png", directory / f"{n:03d}.gif"
+    save_png(plots.enlarge(frames[-1], 8), png)
+    plots.save_gif(frames, gif)
     return png, gif
 
 def main(argv=None):
     args = parse_options(argv)
     device = pick_device(args.device)
-    newest = max(Path("runs").glob("*/ckpt.pt"), key=os.path.getmtime, default=Path("runs/shapes/ckpt.pt")).parent
-    saved, (model, vae, tokenizer) = load_run(args.run or newest, device)
-    print(f"({args.run or newest})", file=sys.stderr)
-    documents = [parse_prompt(prompt, model.cfg.image_size) for prompt in args.prompts or [""]]
-    tokens, image_id, latents = make_batch(documents, vae, tokenizer, model.cfg, end=False)
-    if tokens.shape[1] >= args.max_length:
-        sys.exit(f"The longest prompt takes {tokens.shape[1]} places, and --max-length is only {args.max_length}.")
+    checkpoint, model, vae = load_checkpoint(args.run, device)
+    scale = checkpoint["run"].guidance_scale if args.guidance_scale is None else args.guidance_scale
+    try:
+        prompts = [parse_prompt(prompt, model.cfg.image_size) for prompt in args.prompts or [""]]
+    except ValueError as error:
+        sys.exit(str(error))
 
     torch.manual_seed(args.seed)
-    screen, given = Screen(tokenizer), image_id.amax(1) + 1
-    temperature = args.temperature if args.temperature is not None else 0.0 if args.prompts else 1.0
-    scale = saved["run"].cfg_scale if args.cfg_scale is None else args.cfg_scale
-    tokens, image_id, _ = generate(model, tokens, image_id, latents, args.max_length, max_images=4, steps=args.steps,
-                                   cfg_scale=scale, sampler=args.sampler, temperature=temperature, watch=screen)
-    print("", *(as_text(t, i, tokenizer) for t, i in zip(tokens[1:], image_id[1:])), sep="\n")
-    for row in range(len(tokens)):
-        for k in range(given[row], image_id[row].max() + 1):
-            frames = vae.decode(screen.frames_of(row, k)).cpu().numpy()
+    frames = [{} for _ in prompts]  # of each document: {index of a part: the latents after each denoising step}
+    printed = ""
+    for documents in generate(model, encode_pictures(prompts, vae), args.max_tokens, args.max_images, args.steps, scale,
+                              args.eta, args.temperature):
+        is_drawing = [False] * len(documents)
+        for i, (prompt, document) in enumerate(zip(prompts, documents)):
+            last = len(document) - 1
+            if last >= len(prompt) and not isinstance(document[last], str):
+                seen = frames[i].setdefault(last, [])
+                if not seen or seen[-1] is not document[last]:  # a new step
+                    seen.append(document[last])
+                    is_drawing[i] = True
+        # Print what is new in the first document. A character or an image that is not complete yet may still change.
+        text = as_text(documents[0], frames[0])
+        text = text.removesuffix(" [EOI]") if is_drawing[0] else text.rstrip("\ufffd")
+        print(text[len(printed):], end="", flush=True)
+        printed = text
+    print(as_text(documents[0], frames[0])[len(printed):])
+    for document, document_frames in list(zip(documents, frames))[1:]:
+        print(as_text(document, document_frames))
+
+    for document_frames in frames:
+        for latents in document_frames.values():
+            if len({x.shape for x in latents}) > 1:  # Chameleon's codes, one more in each step
+                latents = [torch.nn.functional.pad(x, (0, model.cfg.n_patches - len(x))) for x in latents]
+            pictures = vae.decode(torch.stack(latents)).cpu().numpy()
             if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
-                print(half_blocks(frames[-1]))
-            print(*save_image(frames, Path(args.out)))
+                print(plots.terminal_picture(pictures[-1]))
+            print(*save_drawing(pictures, args.out))
 
 if __name__ == "__main__":
     main()

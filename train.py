@@ -1,19 +1,21 @@
-"""Train Transfusion on the toy world. First the VAE, then the model, then the scores.
+"""Train Transfusion on the toy world: first the VAE, then the model, then the scores.
 
     python train.py                                    the default, to runs/shapes
     python train.py --model chameleon                  the baseline with discrete images, to runs/chameleon
-    python train.py --task text                        the same documents without their pictures, to runs/text
-    python train.py --init runs/shapes --task edit     teach a finished run to edit pictures, to runs/edit
+    python train.py --task text                        the same documents without pictures, to runs/text
+    python train.py --init runs/shapes --task edit     teach a trained model to edit pictures, to runs/edit
 
-Everything is written to that folder (or --run): ckpt.pt, log.csv, progress.png (a row of drawings for every
-evaluation), figure.png (the mask, and what was drawn for held-out captions), metrics.json. Ctrl-C saves, and --resume
-goes on as if nothing had happened.
+The output directory (--run) gets ckpt.pt, log.csv, progress.png (a row of drawings for each evaluation), figure.png
+(the attention mask, and drawings of held-out captions), metrics.json, and run.json with all settings. Ctrl-C saves a
+checkpoint, and --resume continues from it as if nothing had happened.
 """
 
 import copy
+import inspect
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -24,63 +26,86 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from data import canvas, shapes
-from data.documents import WORDS, documents, edit_examples, examples
-from data.scores import accuracy, evaluate
-from transfusion import (BOI, EOS, MARKS, N_SPECIAL, PAD, PRESETS, Config, Tokenizer, codes_of, dense_mask, generate,
-                         make_batch, make_models, mixed_mask, option, pack, token_losses)
-
-DEFAULTS = {  # of a run, where they are not those below
-    "text": {"batch_size": 156},  # as many places a step as with pictures
-    "edit": {"documents": 13652, "caption_first": 0.4, "steps": 1500, "batch_size": 32, "optimizer": "adamw",
-             "lr": 1.5e-3, "eval_every": 500, "t_power": 4.0, "noise_cap": 0.0, "text_between": False},  # 8192 edits
-    "chameleon": {"vae_steps": 1500},
-}
-OF_THE_LOSS = "noise_cap", "lambda_ddpm", "drop_text", "t_power", "text_between"  # what --init can change of the model
+from data import plots
+from data.files import save_png, write_atomically
+from data.tasks import TASKS
+from transfusion import (
+    BOI, CHOICES, EOS, N_SPECIAL, PAD, PRESETS, SPECIAL_TOKENS, Config, Tokenizer, attention_mask, encode_pictures,
+    generate, log_likelihood, make_models, pack, unconditional,
+)
 
 @dataclass
 class Run:
-    run: str = option("runs/shapes", "folder for everything the run writes; also runs/text, runs/edit, runs/chameleon")
-    task: str = option("shapes", "what to train on; text and edit have other defaults", ("shapes", "text", "edit"))
-    init: str = option("", "folder of a finished run to start from")
-    seed: int = option(0, "seed of the data, the weights and the noise")
-    device: str = option("auto", "cpu, cuda or mps; auto takes what is there")
-    documents: int = option(32768, "training documents, drawn before the training starts")
-    # DEVIATION: 0.8 in the paper, which told 0.61 and drew 1.00; 0.5 0.98 and 0.99 (validation, lambda 3, t_power 1).
-    caption_first: float = option(0.5, "share of the pairs in which the caption comes first")
-    vae_steps: int = option(500, "training steps of the VAE, 64 pictures each")
-    steps: int = option(1200, "training steps of the model")
-    batch_size: int = option(64, "documents a step")
-    optimizer: str = option("muon", "muon: for the blocks' matrices only; adamw is the paper's", ("muon", "adamw"))
-    lr: float = option(4e-3, "peak learning rate")
-    warmup: int = option(60, "steps to reach it; then a cosine down to 5 percent, as in the paper")
-    weight_decay: float = option(0.1, "decoupled weight decay, on matrices")
-    clip: float = option(1.0, "largest norm of the gradient")
-    ema: float = option(0.99, "decay of the averaged weights, which are the ones that are scored and sampled")
-    eval_every: int = option(200, "steps between evaluations and checkpoints")
-    eval_n: int = option(512, "held-out examples behind every score of the final table")
-    sample_steps: int = option(25, "denoising steps of an evaluation")
-    sampler: str = option("ddim", "ddpm is the paper's, with 250 steps", ("ddim", "ddpm"))
-    cfg_scale: float = option(2.0, "guidance scale of the drawings; the table has a few others too")
+    """Every field is an option of the command line, with the comment beside it as its help."""
+    run: str = ""  # output directory (default: runs/shapes, or named after the task or the model)
+    task: str = "shapes"  # what to train on: shapes, text or edit
+    init: str = ""  # output directory of a finished run, whose model to start from
+    seed: int = 0  # of the data, the weights and the noise
+    device: str = "auto"  # cpu, cuda or mps; auto takes the best there is
+    documents: int = 32768  # training documents, made before training starts
+    # DEVIATION: in the paper the caption comes first in 0.8 of the pairs (--caption-first 0.8).
+    caption_first: float = 0.5  # share of the pairs of picture and caption in which the caption comes first
+    unconditional_share: float = 0.1  # share of the documents with text before a picture that lose their text
+    vae_steps: int = 1500  # training steps of the VAE, each with 16 pictures
+    steps: int = 3000  # training steps of the model
+    batch_size: int = 32  # documents per step
+    # DEVIATION: the paper trains everything with AdamW (--optimizer adamw --lr 2e-3).
+    optimizer: str = "muon"  # muon for the matrices of the transformer, or adamw for everything
+    lr: float = 4e-3  # peak learning rate
+    warmup: int = 60  # steps to reach it; then it falls like a cosine to 5 percent, as in the paper
+    weight_decay: float = 0.1  # decoupled, of matrices
+    clip: float = 1.0  # largest norm of the gradient
+    ema: float = 0.99  # decay of the averaged weights, which are the ones that are scored and sampled from
+    eval_every: int = 500  # steps between evaluations, each of which writes a checkpoint
+    eval_n: int = 512  # held-out examples for each score of the final table
+    sample_steps: int = 25  # denoising steps in evaluations; the paper has 250
+    eta: float = 0.0  # of the sampler: 0 is DDIM, 1 is DDPM's ancestral sampler
+    guidance_scale: float = 2.0  # classifier-free guidance in evaluations; 1 is none
+    guidance_sweep: bool = False  # also score drawings at guidance 1, 1.5, 2, 3 and 4
 
     def __post_init__(self):
-        for f in fields(self):
-            if f.type is int and f.name != "seed" and getattr(self, f.name) < 1:
-                raise ValueError(f"{f.name} must be at least 1, not {getattr(self, f.name)}")
-        if not 0 < self.caption_first <= 1:
-            raise ValueError(f"caption_first must be more than 0 and at most 1, not {self.caption_first}")
+        check_run(self)
 
-# ---- Optimiser -------------------------------------------------------------------------------------------------------
+RUN_CHOICES = {"task": tuple(TASKS), "optimizer": ("muon", "adamw")}
+SHARES = "caption_first", "unconditional_share", "ema", "eta"  # options from 0 to 1
+LOSS_OPTIONS = "noise_cap", "lambda_ddpm", "t_power", "instruction_loss"  # of the model, --init can change these
+SCORE_OPTIONS = "eval_n", "sample_steps", "eta", "guidance_scale", "guidance_sweep"  # --eval-only can change these
+RESUME_OPTIONS = "steps", "eval_every", *SCORE_OPTIONS  # --resume can change these
+SHOWN_WHILE_TRAINING = "loss", "caption_acc", "draw_acc", "edit_acc"  # log.csv has all scores
+
+def check_run(run):
+    """Raise ValueError, with one sentence, if a Run cannot work."""
+    for name, choices in RUN_CHOICES.items():
+        if getattr(run, name) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(run, name)!r}")
+    for f in fields(run):
+        value = getattr(run, f.name)
+        if f.type is int and value < (0 if f.name == "seed" else 1):
+            raise ValueError(f"{f.name} must be at least {0 if f.name == 'seed' else 1}, not {value}")
+        if f.type is float and not 0 <= value < math.inf:
+            raise ValueError(f"{f.name} must be a number and at least 0, not {value}")
+        if f.name == "seed" and value > 10**9:
+            raise ValueError(f"seed must be at most {10**9}, not {value}")
+        if f.name in SHARES and value > 1:
+            raise ValueError(f"{f.name} must be at most 1, not {value}")
+    for name in ("caption_first", "lr", "clip"):
+        if getattr(run, name) == 0:
+            raise ValueError(f"{name} must be more than 0")
+    for name in ("unconditional_share", "ema"):
+        if getattr(run, name) == 1:
+            raise ValueError(f"{name} must be less than 1")
+    if run.eval_n < 2:
+        raise ValueError("eval_n must be at least 2")
+
+# ---- Optimisers ------------------------------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024): momentum, with every singular value of the update moved to about 1.
+    """Muon (Jordan et al., 2024): momentum whose update is made nearly orthogonal, all singular values about 1.
 
-    DEVIATION: the paper has AdamW alone (--optimizer adamw --lr 2e-3). Of v, 1000 steps tell 0.51 with it, Muon 0.79.
-    The update is that of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), but in fp32 and for all matrices of a group,
-    of one shape, at once: for the laptop model 0.04 s a step on 2 cores without bf16 units, the library's 1.3 s.
+    Equal to torch.optim.Muon(adjust_lr_fn="match_rms_adamw", ns_steps=3), but in fp32 and for all matrices of one shape
+    at once. On a CPU without bf16 units that is many times faster.
     """
 
     def __init__(self, groups, lr, weight_decay, momentum=0.95):
@@ -88,98 +113,168 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
+        for group in self.param_groups:  # the matrices of one shape
             params, lr, momentum = group["params"], group["lr"], group["momentum"]
-            grad = torch.stack([p.grad for p in params])
-            average = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad)).lerp_(grad, 1 - momentum)
-            x = grad.lerp(average, momentum)  # Nesterov
-            tall = x.shape[1] > x.shape[2]
-            x = (x.mT if tall else x) / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-            for _ in range(5):  # Newton-Schulz: an odd polynomial that drives all singular values towards 1
-                xx = x @ x.mT
-                x = 3.4445 * x + (-4.775 * xx + 2.0315 * xx @ xx) @ x
-            size = 0.2 * max(x.shape[1:]) ** 0.5  # that of an AdamW update
-            for p, update in zip(params, x.mT if tall else x):
-                p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * size)
+            grad = torch.stack([p.grad for p in params])  # (matrices, rows, columns)
+            state = self.state[params[0]]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(grad)
+            state["momentum"].lerp_(grad, 1 - momentum)
+            update = orthogonalise(grad.lerp(state["momentum"], momentum))  # Nesterov momentum
+            scale = 0.2 * max(grad.shape[1:]) ** 0.5  # gives the update the size of AdamW's
+            for p, u in zip(params, update):
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(u, alpha=-lr * scale)
+
+def orthogonalise(x, steps=3):
+    """Newton-Schulz iteration: a polynomial moves all singular values of the matrices (n, rows, columns) towards 1."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalise(x.mT, steps).mT  # the products below are smaller this way
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        xx = x @ x.mT
+        x = 3.4445 * x + (-4.775 * xx + 2.0315 * xx @ xx) @ x
+    return x
 
 def make_optimizers(model, run):
-    """Muon for the matrices of the blocks, AdamW for the rest (or for all); weight decay not on vectors."""
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2 and run.optimizer == "muon"]
-    rest = [p for p in model.parameters() if not any(p is q for q in matrices)]  # convolutions are the U-Net's
-    groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": run.weight_decay},
-              {"params": [p for p in rest if p.dim() > 2], "weight_decay": run.weight_decay, "share": 0.5},
-              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), eps=1e-8)
-    by_shape = [{"params": [p for p in matrices if p.shape == shape]} for shape in sorted({p.shape for p in matrices})]
-    return [adamw, Muon(by_shape, run.lr, run.weight_decay)] if matrices else [adamw]
+    """Muon for the matrices of the transformer, AdamW for everything else. Only matrices and kernels decay."""
+    muon_params = [p for p in model.transformer.parameters() if p.dim() == 2] if run.optimizer == "muon" else []
+    in_muon = {id(p) for p in muon_params}
+    rest = [p for p in model.parameters() if id(p) not in in_muon]
+    groups = [
+        {"params": [p for p in rest if p.dim() == 2], "weight_decay": run.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        # The convolutions of the U-Net learn best at half the rate.
+        {"params": [p for p in rest if p.dim() > 2], "weight_decay": run.weight_decay, "lr_scale": 0.5},
+    ]
+    optimizers = [torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), eps=1e-8)]
+    if muon_params:
+        shapes = sorted({p.shape for p in muon_params})
+        groups = [{"params": [p for p in muon_params if p.shape == shape]} for shape in shapes]
+        optimizers.append(Muon(groups, run.lr, run.weight_decay))
+    return optimizers
 
 def learning_rate(run, step):
+    """Linear warm-up, then a cosine from the peak to 5 percent of it."""
     progress = min(1, max(0, step - run.warmup) / max(1, run.steps - run.warmup))
-    return run.lr * min((step + 1) / run.warmup, 0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
+    cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2
+    return run.lr * min((step + 1) / run.warmup, cosine)
 
-def train_vae(vae, run, pictures):
-    pictures = torch.from_numpy(np.stack(pictures))
+def train_vae(vae, pictures, steps):
+    """Train the VAE on pictures, uint8 (M, H, W, 3), and freeze it."""
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.95), weight_decay=0)
-    for step in (bar := tqdm(range(run.vae_steps), "VAE  ", disable=None)):
-        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 30) * (1 - step / run.vae_steps)
-        loss = vae.loss(pictures[torch.randint(len(pictures), (64,))])
+    bar = tqdm(range(steps), "VAE  ", disable=None)
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 30) * (1 - step / steps)
+        batch = torch.randint(len(pictures), (16,))
+        loss = vae.loss(pictures[batch])
+        if not torch.isfinite(loss):
+            sys.exit(f"The loss of the VAE is {loss.item()} at step {step + 1}. No checkpoint was written.")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.4f}")
     vae.calibrate(pictures[:1000])
+    vae.requires_grad_(False).eval()
 
-# ---- What is scored --------------------------------------------------------------------------------------------------
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
 
 class Trained:
-    """A trained model as the scores and the reports see it: sentences and uint8 (N, H, W, 3) pictures, no tensors."""
+    """A trained model as data/scores.py sees it: in terms of sentences and pictures, uint8 (N, H, W, 3)."""
 
-    def __init__(self, model, vae, tokenizer, run):
-        self.model, self.vae, self.tokenizer, self.run = model, vae, tokenizer, run
+    def __init__(self, model, vae, run):
+        self.model, self.vae, self.run = model, vae, run
 
-    @torch.no_grad()
-    def log_likelihood(self, texts, drawn):
-        """log P and number of tokens of each text with the mark behind it: BOI if something is drawn, else EOS."""
-        tokens, image_id = pack([[text] for text in texts], self.tokenizer, self.model.cfg.n_patches)
-        tokens, image_id = (x.to(self.vae.mean.device) for x in (tokens, image_id))
-        tokens = tokens.masked_fill(tokens == EOS, BOI if drawn else EOS)
-        error, counts = token_losses(self.model(tokens[:, :-1], image_id[:, :-1])[0], tokens, image_id)
-        return -(error * counts).sum(1).cpu().numpy(), counts.sum(1).cpu().numpy()
+    def complete(self, documents, **options):
+        """Continue documents of str and pictures, 128 at a time. Returns documents of str and latents (or codes)."""
+        results = []
+        for i in range(0, len(documents), 128):
+            encoded = encode_pictures(documents[i : i + 128], self.vae)
+            for batch in generate(self.model, encoded, max_tokens=16, steps=self.run.sample_steps, eta=self.run.eta,
+                                  **options):
+                result = batch
+            results += result
+        return results
 
-    def go_on(self, prompts, **options):
-        """Complete prompts, 128 at a time: what was written (a list of str), and the last image's latents of each."""
-        texts, latents = [], []
-        for i in range(0, len(prompts), 128):
-            batch = make_batch(prompts[i:i + 128], self.vae, self.tokenizer, self.model.cfg, end=False)
-            options.update(steps=self.run.sample_steps, sampler=self.run.sampler)
-            tokens, _, images = generate(self.model, *batch, **options)
-            texts += [self.tokenizer.decode(row) for row in tokens.tolist()]
-            latents.append(images[:, -1])
-        return texts, torch.cat(latents)
+    def caption(self, pictures):
+        documents = self.complete([[picture] for picture in pictures], max_images=0)
+        return ["".join(document[1:]) for document in documents]
 
-    def draw(self, prompts, cfg_scale):
-        """The next picture of each prompt. Where the model does not choose to draw, latents stay 0: no scene."""
-        return self.vae.decode(self.go_on(prompts, cfg_scale=cfg_scale)[1]).cpu().numpy()
+    def draw(self, prompts, guidance_scale):
+        """The picture that follows each prompt; black where the model chose not to draw one."""
+        documents = self.complete(prompts, guidance_scale=guidance_scale)
+        size = self.model.cfg.image_size
+        pictures = np.zeros((len(prompts), size, size, 3), np.uint8)
+        drew = [i for i in range(len(prompts)) if len(unconditional(documents[i])) > len(unconditional(prompts[i]))]
+        if drew:
+            images = torch.stack([unconditional(documents[i])[-1] for i in drew])
+            pictures[drew] = self.vae.decode(images).cpu().numpy()
+        return pictures
 
-    def say(self, pictures):
-        return self.go_on([[picture] for picture in pictures], cfg_scale=1, max_images=0)[0]
+    def log_likelihood(self, texts, draws):
+        log_p, n_tokens = log_likelihood(self.model, [[text] for text in texts], BOI if draws else EOS)
+        return log_p.cpu().numpy(), n_tokens.cpu().numpy()
 
     def reconstruct(self, pictures):
-        latents, cfg = self.vae.encode(torch.from_numpy(pictures)), self.model.cfg
-        codes = codes_of(latents[None], cfg.code_levels).cpu().numpy() if cfg.model == "chameleon" else None
-        return self.vae.decode(latents).cpu().numpy(), codes
+        return self.vae.decode(self.vae.encode(torch.from_numpy(pictures))).cpu().numpy()
+
+    def codes(self, pictures):
+        if self.model.cfg.model != "chameleon":
+            return None
+        return self.vae.encode(torch.from_numpy(pictures)).cpu().numpy()
+
+def validate(trained, task, step, losses):
+    """Score a few validation examples. Returns a row of log.csv, and 12 drawings or None."""
+    run = trained.run
+    torch.manual_seed(run.seed)  # the same noise each time, so that each column of progress.png shows one drawing
+    report = task.evaluate(trained, "val", 32, run.seed, [run.guidance_scale])
+    loss_text, loss_image = np.mean(losses, axis=0).tolist()
+    row = {"step": step, "loss_text": loss_text, "loss_image": loss_image}
+    row |= {score: value for score, (value, _) in report.scores.items()}
+    return row, None if report.pictures is None else torch.from_numpy(report.pictures[:12])
+
+def write_progress(directory, history, drawings):
+    """Write log.csv and progress.png: a row for each validation."""
+    lines = [",".join(history[0])] + [",".join(f"{value:.6g}" for value in row.values()) for row in history]
+    write_atomically(directory / "log.csv", lambda path: path.write_text("\n".join(lines) + "\n"))
+    if drawings:
+        picture = plots.row_of(drawings[0].numpy())
+        for row in drawings[1:]:
+            picture = plots.stack(picture, plots.row_of(row.numpy()))
+        save_png(picture, directory / "progress.png")
+
+def draw_figure(report, cfg, tokenizer):
+    """The attention mask of a short document, and drawings with their prompts."""
+    small = replace(cfg, latent_size=2 * cfg.patch_size, image_size=4 * cfg.patch_size)  # images of 4 patches
+    tokens, image_id, _ = pack([["a red circle.", torch.zeros(small.latent_shape)]], tokenizer, small)
+    is_patch = image_id[0] >= 0
+    names = [
+        "patch" if patch else SPECIAL_TOKENS[token] if token < N_SPECIAL else tokenizer.decode([token])
+        for token, patch in zip(tokens[0].tolist(), is_patch.tolist())
+    ]
+    mask = plots.mask_picture(attention_mask(image_id, cfg.bidirectional)[0, 0], names, is_patch)
+    if report.pictures is None:
+        return mask
+    grid = plots.captioned_grid(report.pictures[:18], report.prompts[:18], report.correct[:18])
+    return plots.beside(mask, grid)
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
 
 def parse_options(argv):
-    """Every field of Config and Run is an option. Returns those that were given, and nothing else."""
+    """Every field of Config and Run is an option. Returns a dict of those that were given."""
     parser = ArgumentParser(description=__doc__, argument_default=SUPPRESS, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, help="a set of model options to start from (default: laptop)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --run")
+    parser.add_argument("--preset", choices=PRESETS, help="model options to start from [laptop]")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --run")
     parser.add_argument("--eval-only", action="store_true", help="only score the checkpoint in --run")
-    for f in (*fields(Config), *fields(Run)):
-        kw = {"action": BooleanOptionalAction} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
-        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + f" [{f.default}]", **kw)
+    for options in (Config, Run):
+        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(options), re.MULTILINE))
+        for f in fields(options):
+            if f.type is bool:
+                kind = {"action": BooleanOptionalAction}
+            else:
+                kind = {"type": f.type, "choices": (CHOICES | RUN_CHOICES).get(f.name)}
+            default = "" if f.default == "" else f" [{f.default}]"
+            parser.add_argument("--" + f.name.replace("_", "-"), help=comments[f.name] + default, **kind)
     return vars(parser.parse_args(argv))
 
 def pick_device(name):
@@ -190,160 +285,221 @@ def pick_device(name):
     except (RuntimeError, AssertionError):
         sys.exit(f"{name} is not a device that this machine and this torch have; try --device cpu.")
 
-def write_whole(path, write):
-    """Write a file beside its place and then move it there, so that nobody ever finds half a file."""
-    temporary = path.with_name("writing-" + path.name)
-    write(temporary)
-    os.replace(temporary, path)
-
-def load_run(folder, device):
-    """(checkpoint, (averaged model, VAE, tokenizer)). Exits with one sentence where there is none that can be used."""
-    path = Path(folder) / "ckpt.pt"
+def load_checkpoint(directory, device):
+    """Returns (checkpoint, averaged model, VAE). Exits with one sentence if there is none that can be used."""
+    path = Path(directory) / "ckpt.pt"
     if not path.is_file():
-        sys.exit(f"There is no checkpoint at {path}: train one first (python train.py), or name its folder with --run.")
+        sys.exit(f"There is no checkpoint at {path}: train one (python train.py), or name its directory with --run.")
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        saved["cfg"], saved["run"], tokenizer = Config(**saved["cfg"]), Run(**saved["run"]), Tokenizer(saved["words"])
-        model, vae = (part.to(device) for part in make_models(saved["cfg"], len(tokenizer)))
-        model.load_state_dict(saved["ema"])
-        vae.load_state_dict(saved["vae"])
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint["cfg"] = Config(**checkpoint["cfg"])
+        checkpoint["run"] = Run(**checkpoint["run"])
+        model, vae = make_models(checkpoint["cfg"], Tokenizer(checkpoint["words"]))
+        model.load_state_dict(checkpoint["ema"])
+        vae.load_state_dict(checkpoint["vae"])
     except Exception as error:
         sys.exit(f"{path} is not a checkpoint that this version can read ({type(error).__name__}).")
-    return saved, (model.requires_grad_(False), vae.requires_grad_(False).eval(), tokenizer)
+    return checkpoint, model.to(device).requires_grad_(False), vae.to(device).requires_grad_(False).eval()
 
-def report(folder, step, losses, trained, run):
-    """While training, on the validation split: a row of log.csv and a row of progress.png."""
-    torch.manual_seed(run.seed)  # the same noise every time, so that a column shows one drawing becoming clear
-    loss_text, loss_image = np.mean(losses, axis=0)
-    row = {"step": step, "loss_text": f"{loss_text:.4f}", "loss_image": f"{loss_image:.4f}"}
-    if run.task != "text":
-        scenes, captions, pictures = zip(*examples("val", 32, run.seed))
-        drawn = trained.draw([[caption] for caption in captions], run.cfg_scale)
-        row["val_draw_acc"] = accuracy(map(shapes.read, drawn), scenes)
-        row["val_caption_acc"] = accuracy(map(shapes.parse, trained.say(pictures)), scenes)
-        if run.task == "edit":
-            _, after, before, instructions, _ = zip(*edit_examples("val", 32, run.seed))
-            drawn = trained.draw(list(map(list, zip(before, instructions))), run.cfg_scale)
-            row["val_edit_acc"] = accuracy(map(shapes.read, drawn), after)
-        progress, picture = folder / "progress.png", canvas.side_by_side(drawn[:12])
-        if progress.exists():
-            picture = canvas.stack(Image.open(progress).convert("RGB"), picture)
-        write_whole(progress, lambda path: picture.save(path, "PNG"))
-    with open(folder / "log.csv", "a") as file:
-        if file.tell() == 0:
-            print(*row, sep=",", file=file)
-        print(*row.values(), sep=",", file=file)
-    tqdm.write("  ".join(f"{name} {value}" for name, value in row.items()))
+def save_checkpoint(checkpoint, path):
+    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
 
-def draw_figure(shown, cfg, tokenizer):
-    """The attention mask of a short document, and what was drawn for held-out prompts."""
-    tokens, image_id = pack([["a red circle.", None]], tokenizer, n_patches=4)
-    names = ["patch" if k >= 0 else MARKS[i] if i < N_SPECIAL else tokenizer.decode([i])
-             for i, k in zip(tokens[0], image_id[0])]
-    mask = dense_mask(mixed_mask(image_id, cfg.bidirectional), torch.arange(len(names))[None], len(names))[0, 0]
-    mask = canvas.mask_picture(mask, names, image_id[0] >= 0)
-    return canvas.beside(mask, canvas.captioned_grid(*(part[:18] for part in shown))) if shown else mask
+def make_directory(directory, settings):
+    """Make the output directory of a new run. An earlier run there is renamed; anything else there is left alone."""
+    directory = Path(os.path.abspath(directory))
+    marker, temporary = directory / "run.json", "writing-run.json"
+    if marker.is_file():
+        new_name = next(path for i in count(1) if not (path := directory.with_name(f"{directory.name}.{i}")).exists())
+        directory.rename(new_name)
+        print(f"The earlier run in {directory} is now {new_name}.")
+    elif os.path.lexists(directory) and not (directory.is_dir() and not set(os.listdir(directory)) - {temporary}):
+        sys.exit(f"{directory} exists and is not the output of an earlier run. Choose another directory with --run.")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(marker, lambda path: path.write_text(json.dumps(settings, indent=1)))
+    except OSError as error:
+        sys.exit(f"{directory} cannot be written to: {error}.")
+
+def on_interrupt(action):
+    """What Ctrl-C does from here on: exit with a sentence, or call a function."""
+    signal.signal(signal.SIGINT, (lambda *_: sys.exit(action)) if isinstance(action, str) else lambda *_: action())
 
 def main(argv=None):
-    given = parse_options(argv)
-    made = {"command": " ".join(["python train.py", *(argv or sys.argv[1:])])}
-    preset, resume, eval_only = (given.pop(name, None) for name in ("preset", "resume", "eval_only"))
-    name = given.get("task", "chameleon" if given.get("model") == "chameleon" else "shapes")
-    given = {"run": f"runs/{name}", **({} if resume or eval_only else DEFAULTS.get(name, {})), **given}
-    for_model = {name: given.pop(name) for name in list(given) if name in Config.__dataclass_fields__}
+    start_time = time.time()
+    options = parse_options(argv)
+    command = " ".join(["python train.py", *(sys.argv[1:] if argv is None else argv)])
+    preset = options.pop("preset", None)
+    resume = options.pop("resume", False)
+    eval_only = options.pop("eval_only", False)
+    is_new = not resume and not eval_only
+    on_interrupt("Stopped before training: " + ("nothing is saved." if is_new else "the checkpoint is unchanged."))
+    device = pick_device(options.get("device", "auto"))
+
+    # The output directory, by default named after the task or the baseline.
+    default_name = "chameleon" if options.get("model") == "chameleon" else "shapes"
+    options.setdefault("run", f"runs/{options.get('task', default_name)}")
+    directory = Path(options["run"])
+
+    # Which options are the model's, and which are the run's?
+    if is_new:
+        options = TASKS[options.get("task", "shapes")].defaults | options
+    model_options = {name: value for name, value in options.items() if name in Config.__dataclass_fields__}
+    run_options = {name: value for name, value in options.items() if name in Run.__dataclass_fields__}
+
+    # A run continues a checkpoint, starts from that of another run, or starts from nothing.
     try:
-        run, cfg = Run(**given), replace(PRESETS[preset or "laptop"], **for_model)
+        if resume or eval_only:
+            checkpoint, averaged, vae = load_checkpoint(directory, device)
+            can_change = RESUME_OPTIONS if resume else SCORE_OPTIONS
+            if preset or model_options or not set(run_options) <= {"run", "device", *can_change}:
+                sys.exit("--resume and --eval-only take the model and its options from the checkpoint. "
+                         f"Only these can be given: {', '.join(can_change)}.")
+            cfg = checkpoint["cfg"]
+            run = replace(checkpoint["run"], **run_options)
+            command = checkpoint["command"]
+            minutes_before = checkpoint["minutes"]
+        elif "init" in run_options:
+            checkpoint, averaged, vae = load_checkpoint(run_options["init"], device)
+            if preset or not set(model_options) <= set(LOSS_OPTIONS):
+                sys.exit(f"--init takes the model from the checkpoint; only {', '.join(LOSS_OPTIONS)} can be given.")
+            cfg = replace(checkpoint["cfg"], **model_options)
+            run = Run(**run_options)
+            minutes_before = 0
+        else:
+            checkpoint = None
+            cfg = replace(PRESETS[preset or "laptop"], **model_options)
+            run = Run(**run_options)
+            minutes_before = 0
     except ValueError as error:
         sys.exit(f"These options do not work: {error}.")
-    device, folder, saved, started = pick_device(run.device), Path(run.run), None, time.time()
-    old = folder if resume or eval_only else run.init
-    if old and (preset or set(for_model) - (set(OF_THE_LOSS) if run.init else set())):
-        sys.exit("A checkpoint has its own model: its options cannot be given with --resume, --eval-only or --init.")
-    if old:
-        saved, (ema, vae, tokenizer) = load_run(old, device)
-        ema.cfg, cfg = (replace(cfg, **for_model) for cfg in (ema.cfg, saved["cfg"]))
-    if resume or eval_only:
-        run, made = replace(saved["run"], **given), saved["made"] if resume else {**saved["made"], **made}
+    task = TASKS[run.task](run.caption_first, run.unconditional_share)
+    if cfg.image_size != task.image_size:
+        sys.exit(f"The task {run.task} has pictures of {task.image_size} pixels, but image_size is {cfg.image_size}.")
+    if is_new:
+        make_directory(directory, {"command": command, "cfg": asdict(cfg), "run": asdict(run)})
+
+    if eval_only:
+        flops = checkpoint["flops"]
+        minutes = minutes_before
+        averaged.cfg = cfg
     else:
-        if folder.exists():  # keep an earlier run under another name
-            folder.rename(next(p for i in count(1) if not (p := folder.with_name(f"{folder.name}.{i}")).exists()))
-        folder.mkdir(parents=True)
-
-    if not eval_only:
+        # The documents, and a new VAE and model if there is no checkpoint.
         torch.manual_seed(run.seed)
-        data = documents(run.task, run.documents, run.seed, run.caption_first)
-        if not saved:
-            tokenizer = Tokenizer(WORDS)
-            ema, vae = (part.to(device) for part in make_models(cfg, len(tokenizer)))
-            pictures = [part for document in data for part in document if not isinstance(part, str)]
-            if pictures:  # a text-only run has none
-                train_vae(vae, run, pictures)
+        print(f"Making {run.documents} documents.", flush=True)
+        documents = task.documents(run.documents, run.seed)
+        if checkpoint is None:
+            averaged, vae = make_models(cfg, Tokenizer(task.words))
+            averaged.to(device).requires_grad_(False)
+            vae.to(device)
+            pictures = [torch.from_numpy(part) for document in documents for part in unconditional(document)]
+            if pictures:  # the task may be text alone
+                print(f"Training the VAE on {len(pictures)} pictures, {run.vae_steps} steps.", flush=True)
+                train_vae(vae, torch.stack(pictures), run.vae_steps)
             vae.requires_grad_(False).eval()
-        tokens, image_id, latents = make_batch(data, vae, tokenizer, cfg)
-        model = copy.deepcopy(ema).requires_grad_(True)
-        # FLOPs as the paper counts them, 6 N D: N parameters without the embedding, D places without padding.
-        n_params = sum(p.numel() for p in model.parameters()) - model.token_embedding.weight.numel()
-        places = ((tokens != PAD) | (image_id >= 0)).sum().item() / len(tokens)
-        made["flops"] = 6 * n_params * places * run.batch_size * run.steps
-        ema.requires_grad_(False)
-        optimizers, first, losses = make_optimizers(model, run), 0, []
+        documents = encode_pictures(documents, vae)
+
+        # The model that is trained. `averaged` follows it, and is what is scored and sampled from.
+        averaged.cfg = cfg
+        model = copy.deepcopy(averaged).requires_grad_(True)
+        optimizers = make_optimizers(model, run)
+        first_step, losses, history, drawings = 0, [], [], []
         if resume:
-            model.load_state_dict(saved["model"])
-            first, losses = saved["step"], saved["losses"]
-            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            model.load_state_dict(checkpoint["model"])
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
+            first_step = checkpoint["step"]
+            losses = checkpoint["losses"]
+            history = checkpoint["history"]
+            drawings = checkpoint["drawings"]
 
-        def save(step):
-            write_whole(folder / "ckpt.pt", lambda path: torch.save({
-                "cfg": asdict(cfg), "run": asdict(run), "words": tokenizer.words, "step": step, "losses": losses,
-                "made": made, "vae": vae.state_dict(), "model": model.state_dict(), "ema": ema.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, path))
+        # FLOPs as the paper counts them, 6 N D: N parameters without the embedding, D positions without padding.
+        n_params = sum(p.numel() for p in model.parameters()) - model.token_embedding.weight.numel()
+        _, tokens = averaged.logits(documents[:1024])
+        positions_per_document = (tokens != PAD).sum().item() / len(tokens)
+        flops = 6 * n_params * positions_per_document * run.batch_size * run.steps
+        print(f"Training the model, {n_params / 1e6:.2f}M parameters, {run.steps} steps.", flush=True)
 
-        stop = []  # Ctrl-C lets the step finish first
-        signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-        bar = tqdm(range(first, run.steps), "model", run.steps, initial=first, disable=None)
+        interrupted = []  # Ctrl-C lets the step finish first
+        on_interrupt(lambda: interrupted.append(True))
+        bar = tqdm(range(first_step, run.steps), "model", run.steps, initial=first_step, disable=None)
         for step in bar:
-            # All randomness of a step follows from its number, which thereby is the random state of a checkpoint.
+            # All randomness of a step follows from its number, so that a resumed run repeats it.
             torch.manual_seed(run.seed * 1_000_000 + step)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(run, step) * group.get("share", 1)
-            pick = torch.randint(len(tokens), (run.batch_size,), device=device)
-            loss, loss_lm, loss_ddpm = model.loss(tokens[pick], image_id[pick], latents[pick])
+                    group["lr"] = learning_rate(run, step) * group.get("lr_scale", 1)
+            batch = [documents[i] for i in torch.randint(len(documents), (run.batch_size,)).tolist()]
+            loss, loss_text, loss_image = model.loss(batch)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+            if not torch.isfinite(loss) or not torch.isfinite(grad_norm):
+                sys.exit(f"Stopped at step {step + 1}: the loss is {loss.item()}, the norm of its gradient "
+                         f"{grad_norm.item()}. The last checkpoint, if there is one, is kept.")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+            losses.append((loss_text.item(), loss_image.item()))
             decay = min(run.ema, (1 + step) / (10 + step))  # a short memory at first
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-            losses.append((loss_lm.item(), loss_ddpm.item()))
-            bar.set_postfix(lm=f"{losses[-1][0]:.3f}", ddpm=f"{losses[-1][1]:.3f}")
+            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+            bar.set_postfix(text=f"{losses[-1][0]:.3f}", image=f"{losses[-1][1]:.3f}")
 
-            if evaluated := (step + 1) % run.eval_every == 0 or step + 1 == run.steps:
-                report(folder, step + 1, losses, Trained(ema, vae, tokenizer, run), run)
-                losses.clear()
-            if evaluated or stop:
-                save(step + 1)
-            if stop:
-                sys.exit(f"Saved at step {step + 1} of {run.steps}. To go on: python train.py --resume --run {folder}")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+            is_evaluation = (step + 1) % run.eval_every == 0 or step + 1 == run.steps
+            if is_evaluation:
+                row, pictures = validate(Trained(averaged, vae, run), task, step + 1, losses)
+                history.append(row)
+                if pictures is not None:
+                    drawings.append(pictures)
+                losses = []
+                shown = {name: value for name, value in row.items() if name.startswith(SHOWN_WHILE_TRAINING)}
+                tqdm.write(f"step {step + 1}  " + "  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
+            if is_evaluation or interrupted:
+                minutes = minutes_before + (time.time() - start_time) / 60
+                checkpoint = {
+                    "cfg": asdict(cfg),
+                    "run": asdict(run),
+                    "command": command,
+                    "words": averaged.tokenizer.words,
+                    "vae": vae.state_dict(),
+                    "model": model.state_dict(),
+                    "ema": averaged.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "step": step + 1,
+                    "minutes": minutes,
+                    "flops": flops,
+                    "losses": losses,  # since the last evaluation
+                    "history": history,
+                    "drawings": drawings,
+                }
+                save_checkpoint(checkpoint, directory / "ckpt.pt")
+                if history:
+                    write_progress(directory, history, drawings)
+            if interrupted:
+                sys.exit(f"Saved at step {step + 1}. To continue: python train.py --resume --run {directory}")
+        minutes = checkpoint["minutes"]
+        write_progress(directory, history, drawings)
 
-    # The scores on held-out facts, and a picture to go with them.
+    # The scores on held-out scenes, and a figure of the first drawings.
+    on_interrupt(f"Stopped while scoring. To score the checkpoint: python train.py --eval-only --run {directory}")
+    scoring_time = time.time()
     torch.manual_seed(run.seed)
-    table, shown = evaluate(Trained(ema, vae, tokenizer, run), run)
-    print(f"\n{run.eval_n} held-out examples, seed {run.seed}, {run.sample_steps} {run.sampler} steps",
-          *(f"{name:16} {value:8.4f}   {beside}" for name, (value, beside) in table.items()), sep="\n")
-    figure = draw_figure(shown, ema.cfg, tokenizer)
-    write_whole(folder / "figure.png", lambda path: figure.save(path, "PNG"))
-    metrics = {**made, "minutes": (time.time() - started) / 60, "device": str(device), "cores": os.cpu_count(),
-               "torch": torch.__version__, "cfg": asdict(cfg), "run": asdict(run), "scores": table}
-    write_whole(folder / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
-    print(f"\nfigure.png, progress.png, log.csv and metrics.json are in {folder}. {metrics['minutes']:.1f} minutes, "
-          f"{metrics['flops']:.2g} FLOPs.")
+    scales = [run.guidance_scale]
+    if run.guidance_sweep:
+        scales += [scale for scale in (1, 1.5, 2, 3, 4) if scale != run.guidance_scale]
+    report = task.evaluate(Trained(averaged, vae, run), "test", run.eval_n, run.seed + 1, scales)
+    print(f"\n{run.eval_n} held-out examples, seed {run.seed}, guidance {run.guidance_scale:g}, "
+          f"{run.sample_steps} denoising steps, eta {run.eta:g}")
+    for name, (value, beside) in report.scores.items():
+        print(f"{name:14} {value:8.4f}   {beside}")
+    save_png(draw_figure(report, cfg, averaged.tokenizer), directory / "figure.png")
+    scoring_minutes = (time.time() - scoring_time) / 60
+    metrics = {
+        "command": command, "minutes": minutes, "scoring_minutes": scoring_minutes, "flops": flops,
+        "device": str(device), "cores": os.cpu_count(), "torch": torch.__version__, "cfg": asdict(cfg),
+        "run": asdict(run), "scores": report.scores,
+    }
+    write_atomically(directory / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
+    print(f"\nfigure.png, progress.png, log.csv and metrics.json are in {directory}.")
+    print(f"Training took {minutes:.1f} minutes ({flops:.2g} FLOPs), and scoring {scoring_minutes:.1f}.")
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("Stopped; nothing was lost that --resume or a new run does not bring back.")
+    main()

@@ -1,291 +1,287 @@
-"""Transfusion in one file: predict the next token of text and denoise the patches of images, with one transformer.
+"""Transfusion in one file: one transformer predicts the next token of text and denoises images.
 
-Zhou et al., "Transfusion: Predict the Next Token and Diffuse Images with One Multi-Modal Model", arXiv 2408.11039.
+Zhou et al., "Transfusion: Predict the Next Token and Diffuse Images with One Multi-Modal Model",
+arXiv 2408.11039.
 
-A document is one sequence. Text is discrete tokens. An image is a run of continuous vectors, the patches of its VAE
-latents, between BOI (begin of image) and EOI (end of image):
+Text and images share one sequence. Text is a run of discrete tokens, trained with next-token
+prediction. An image is a run of continuous vectors, the patches of its VAE latents, trained with
+diffusion. BOI (begin of image) and EOI (end of image) mark where an image begins and ends.
+Attention is causal, except that the patches of one image all see each other. To generate, the
+model writes text until it predicts BOI; then it denoises an image, and goes on writing.
 
-    BOS  a  red  circle  .  BOI  [patch] [patch] ... [patch]  EOI  EOS
+A document is a Python list of parts in reading order. A part is a str or an image (the latents that
+a VAE makes of a picture). Three documents as the model sees them in training, with images of two
+patches:
 
-Attention is causal, but the patches of one image see each other. Text places are trained to predict the next token,
-patch places to say what the image is under its noise. To generate, sample tokens until the model says BOI, run
-diffusion for that image, append EOI, and go on sampling tokens.
+    ["a red circle.", image]        draw what a caption says
+        input     BOS  a    red     circle  .    BOI  patch  patch  EOI  EOS
+        predicts  a    red  circle  .       BOI  -    -      -      EOS  -
+        t                                             t1     t1
 
-Read from top to bottom: sequence and mask, schedule and noise, transformer, patch encoders, model and loss, generation;
-then the VAE, a black box until there, and what a discrete baseline, Chameleon, does otherwise. `DEVIATION:` marks what
-differs from the paper, with the way back; `NOT STATED:` marks what the paper leaves open.
+    [image, "a red circle."]        caption an image
+        input     BOS  BOI  patch  patch  EOI  a    red     circle  .    EOS
+        predicts  BOI  -    -      -      a    red  circle  .       EOS  -
+        t                   t1     t1
 
-Shapes: B sequences, T places, K images per sequence, C x H x W latents, N patches per image, P numbers per patch,
-D width, V vocabulary. Every batch is rectangular:
+    [image, "make it green.", image]        edit an image
+        input     BOS  BOI  patch  patch  EOI  make  it     green  .    BOI  patch  patch  EOI  EOS
+        predicts  BOI  -    -      -      make it    green  .      BOI  -    -      -      EOS  -
+        t                   t1     t1                                        t2     t2
 
-    tokens    (B, T) int64       text ids; image places hold PAD, and padding is on the right
-    image_id  (B, T) int64       -1 for text, k for a patch of the k-th image of that sequence, from 0
-    latents   (B, K, C, H, W)    VAE latents of up to K images; some sequence has all K
+"predicts" is the token that the LM loss asks for at that position; "-" means no LM loss. EOI needs
+no prediction, because an image always has N patches: generation appends it. "t" is the noise level
+of an image, from 0 (clean) to 1 (pure noise). Every image has its own t, and the text after an
+image sees the noised image, and would learn nothing from pure noise. So an image that comes first,
+with something after it, is noised at most to the noise cap.
 
-and in training every image is noised to a time of its own, t (B, K): 0 is clean, 1 pure noise (the paper's step 1000).
+The method ends with the section "Generation". After it come the tokenizer, the VAE, the baseline
+(Chameleon), and presets. `DEVIATION:` marks what differs from the paper, with the option that
+restores it if there is one. `NOT STATED:` marks what the paper leaves open.
+
+Shapes: B documents, T positions, M images in the batch, C x H x W latents, N patches per image,
+P numbers per patch, D width of the transformer, V size of the vocabulary.
 """
 
 import math
 import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
-# ---- Configuration ---------------------------------------------------------------------------------------------------
-
-def option(default, help, choices=None):
-    """A dataclass field with a help line; train.py makes a command-line option of each."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+# ---- Configuration -------------------------------------------------------------------------------
 
 @dataclass
 class Config:
-    model: str = option("transfusion", "chameleon is the baseline, with discrete images", ("transfusion", "chameleon"))
-    dim: int = option(128, "width of the transformer")
-    n_layers: int = option(6, "number of transformer blocks")
-    n_heads: int = option(4, "attention heads a block")
-    qk_norm: bool = option(False, "normalise queries and keys; Chameleon always does")
-    bidirectional: bool = option(True, "the patches of an image see each other; off: causal attention everywhere")
-    target: str = option("x0", "what the diffusion head predicts; the paper's is eps", ("eps", "v", "x0", "flow"))
-    t_power: float = option(2.0, "density of t, also in drawing: t_power * t^(t_power - 1); 1 is uniform, 2 noisier")
-    patch_encoder: str = option("linear", "between latents and transformer: linear or U-Net", ("linear", "unet"))
-    unet_dim: int = option(32, "channels of the U-Net at full size, doubled with every halving")
-    patch_position: bool = option(True, "add a learned embedding of its place in the picture to every patch")
-    lambda_ddpm: float = option(5.0, "weight of the diffusion loss beside the language loss")
-    noise_cap: float = option(0.5, "multiplies t of images before all text; 1 is off, 0 shows them clean")
-    drop_text: float = option(0.1, "share of the documents with text before an image to train without it, for guidance")
-    text_between: bool = option(True, "learn to write the text between two images; off: it is a given instruction")
-    image_size: int = option(32, "pixels a side")
-    latent_size: int = option(8, "VAE latents a side")
-    latent_channels: int = option(4, "channels of a VAE latent")
-    patch_size: int = option(2, "latents a side of one patch, which is one place of the sequence")
-    vae_dim: int = option(24, "channels of the VAE at half the image's size")
-    vae_kl: float = option(1e-3, "weight of the VAE's KL loss")
-    code_dim: int = option(4, "Chameleon: numbers of a code, the channels of its discrete latents")
-    code_levels: int = option(5, "Chameleon: values of each of these numbers; there are code_levels ** code_dim codes")
-    z_loss: float = option(1e-5, "Chameleon: weight of log^2 Z, Z the sum of a softmax")
+    """Every field is an option of train.py, which shows the comment beside it as its help."""
+    model: str = "transfusion"  # or chameleon, the baseline with discrete images
+    dim: int = 96  # width of the transformer
+    n_layers: int = 4  # number of transformer blocks
+    n_heads: int = 6  # attention heads per block
+    # DEVIATION: the paper's Llama block has no QK-norm (--no-qk-norm).
+    qk_norm: bool = True  # normalise queries and keys; Chameleon always does
+    bidirectional: bool = True  # the patches of an image see each other; off: causal attention only
+    target: str = "x0"  # what the model predicts of a noised image: eps, v or x0
+    t_power: float = 3.0  # uncapped t is u ** (1 / t_power), u uniform; 1: uniform, 3: noisier
+    patch_encoder: str = "linear"  # between latents and transformer: linear or unet
+    unet_dim: int = 32  # channels of the U-Net at full resolution, doubled at each halving
+    patch_position: bool = True  # learned embedding of the position of a patch in its image
+    lambda_ddpm: float = 5.0  # weight of the diffusion loss
+    noise_cap: float = 0.5  # largest t of an image that comes first, with something after it
+    instruction_loss: bool = True  # LM loss on text between two images; train.py --task edit: off
+    image_size: int = 32  # pixels per side of a picture
+    latent_size: int = 8  # latents per side of an image
+    latent_channels: int = 4  # channels of the latents
+    patch_size: int = 2  # latents per side of a patch
+    vae_dim: int = 24  # channels of the VAE at half the resolution of the picture
+    vae_kl: float = 1e-3  # weight of the VAE's KL loss
+    code_dim: int = 4  # Chameleon: entries of the vector behind a code
+    code_levels: int = 5  # Chameleon: values that each entry can take
+    z_loss: float = 1e-5  # Chameleon: weight of log(Z)^2, with Z the denominator of the softmax
 
     def __post_init__(self):
-        if self.dim % (2 * self.n_heads):
-            raise ValueError(f"dim ({self.dim}) must be a multiple of 2 * n_heads ({2 * self.n_heads})")
-        if self.patch_size not in (1, 2, 4, 8) or self.latent_size % self.patch_size:
-            raise ValueError(f"patch_size must be 1, 2, 4 or 8 and divide latent_size {self.latent_size}")
-        if self.image_size not in [self.latent_size * 2**stages for stages in range(1, 10)]:
-            raise ValueError(f"image_size / latent_size ({self.image_size} / {self.latent_size}) must be 2, 4, 8, ...")
-        if not self.t_power > 0:
-            raise ValueError(f"t_power must be more than 0, not {self.t_power}")
-        for f in fields(self):
-            if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
-                raise ValueError(f"{f.name} must be one of {f.metadata['choices']}, not {getattr(self, f.name)!r}")
+        check_config(self)
+        self.grid = self.latent_size // self.patch_size  # patches per side of an image
+        self.n_patches = self.grid**2
+        self.patch_dim = self.latent_channels * self.patch_size**2
+        self.latent_shape = (self.latent_channels, self.latent_size, self.latent_size)
 
-        self.grid = self.latent_size // self.patch_size                        # patches a side
-        self.n_patches, self.patch_dim = self.grid**2, self.latent_channels * self.patch_size**2
-        self.latent_shape = self.latent_channels, self.latent_size, self.latent_size  # (C, H, W)
-        if self.model == "chameleon":  # has one code where Transfusion has one patch
-            self.latent_shape = self.code_dim, self.grid, self.grid
+# ---- Documents and batches -----------------------------------------------------------------------
 
-LAPTOP = Config()
-LAPTOP_PAPER = replace(LAPTOP, target="eps", t_power=1.0, patch_position=False)
-PAPER = replace(LAPTOP_PAPER, image_size=256, latent_size=32, latent_channels=8, vae_dim=128)
-PRESETS = {
-    "laptop": LAPTOP,
-    "tiny": replace(LAPTOP, dim=32, n_layers=2, n_heads=2, vae_dim=8),  # for tests: learns little, runs in seconds
-    "laptop-paper": LAPTOP_PAPER,
-    "0.16B": replace(PAPER, dim=768, n_layers=16, n_heads=12),  # the paper's sizes
-    "0.37B": replace(PAPER, dim=1024, n_layers=24, n_heads=16),
-    "0.76B": replace(PAPER, dim=1536, n_layers=24, n_heads=24),
-    "1.4B": replace(PAPER, dim=2048, n_layers=24, n_heads=16),
-    "7B": replace(PAPER, dim=4096, n_layers=32, n_heads=32),
-}
+SPECIAL_TOKENS = ["PAD", "BOS", "EOS", "BOI", "EOI", "PATCH"]
+PAD, BOS, EOS, BOI, EOI, PATCH = range(len(SPECIAL_TOKENS))
+N_SPECIAL = len(SPECIAL_TOKENS)  # token ids from here on are text
 
-# ---- The sequence ----------------------------------------------------------------------------------------------------
+def unconditional(document):
+    """The document without its text: [text, image] becomes [image].
 
-MARKS = "PAD", "BOS", "EOS", "BOI", "EOI"
-PAD, BOS, EOS, BOI, EOI = range(len(MARKS))
-N_SPECIAL = len(MARKS)  # ids below this are marks, the others are text
-
-class Tokenizer:
-    """The words of the data set are one token each; everything else falls back to its UTF-8 bytes.
-
-    A word's token includes the space before it, and a space is put before the text, so that every string comes back
-    unchanged: "a red dog" is " a", " red", and the bytes of " dog".
+    Classifier-free guidance compares with it when it draws. So that the model knows this form, a
+    share of the training documents has it; they are trained on like all others.
     """
+    return [part for part in document if not isinstance(part, str)]
 
-    def __init__(self, words):
-        self.words = list(words)
-        pieces = [word.encode() if word in ".,;:!?" else b" " + word.encode() for word in self.words]
-        self.bytes = [b""] * N_SPECIAL + [bytes([i]) for i in range(256)] + pieces
-        self.id = {piece: i for i, piece in enumerate(self.bytes) if i >= N_SPECIAL}
-        longest_first = sorted(pieces, key=len, reverse=True)
-        self.split = re.compile(b"|".join([re.escape(p) + rb"(?!\w)" for p in longest_first] + [b"."]), re.DOTALL)
+def pack(documents, tokenizer, cfg, end=True):
+    """Put documents of str and latents (C, H, W) into one batch. `end` closes each with EOS.
 
-    def __len__(self):
-        return len(self.bytes)
-
-    def encode(self, text):
-        return [self.id[piece] for piece in self.split.findall(b" " + text.encode())] if text else []
-
-    def decode(self, ids):
-        """Inverse of encode. Marks are skipped; bytes that are not UTF-8, which a model may write, become U+FFFD."""
-        return b"".join(self.bytes[i] for i in ids).removeprefix(b" ").decode(errors="replace")
-
-def pack(documents, tokenizer, n_patches, end=True):
-    """Lay out documents as a batch: tokens and image_id, both (B, T), padded on the right to the longest.
-
-    A document is a list of parts in reading order: a str, or anything else for an image. `end` says whether EOS closes
-    it (training) or it is left open (a prompt).
+    Returns
+        tokens    (B, T) int64    token ids; PATCH at the position of a patch; PAD on the right
+        image_id  (B, T) int64    -1 for text; for a patch, the index of its image in latents
+        latents   (M, C, H, W)    all images of the batch, in reading order
     """
-    rows = []
+    all_tokens, all_image_ids, images = [], [], []
     for document in documents:
-        tokens, image_id, k = [BOS], [-1], 0
+        tokens, image_id = [BOS], [-1]
         for part in document:
             if isinstance(part, str):
-                words = tokenizer.encode(part)
-                tokens, image_id = tokens + words, image_id + [-1] * len(words)
+                text = tokenizer.encode(part)
+                tokens += text
+                image_id += [-1] * len(text)
             else:
-                tokens, image_id = tokens + [BOI] + [PAD] * n_patches + [EOI], image_id + [-1] + [k] * n_patches + [-1]
-                k += 1
-        rows.append((tokens + [EOS] * end, image_id + [-1] * end))
-    length = max(len(tokens) for tokens, _ in rows)
-    return (torch.tensor([tokens + [PAD] * (length - len(tokens)) for tokens, _ in rows]),
-            torch.tensor([image_id + [-1] * (length - len(image_id)) for _, image_id in rows]))
+                tokens += [BOI] + [PATCH] * cfg.n_patches + [EOI]
+                image_id += [-1] + [len(images)] * cfg.n_patches + [-1]
+                images.append(part)
+        if end:
+            tokens.append(EOS)
+            image_id.append(-1)
+        all_tokens.append(torch.tensor(tokens))
+        all_image_ids.append(torch.tensor(image_id))
+    tokens = pad_sequence(all_tokens, batch_first=True, padding_value=PAD)
+    image_id = pad_sequence(all_image_ids, batch_first=True, padding_value=-1)
+    latents = torch.stack(images) if images else torch.zeros(0, *cfg.latent_shape)
+    return tokens, image_id, latents
 
-def without_text(tokens, image_id, rows):
-    """The null form for guidance: in the chosen rows (B,) only marks and images stay, moved up to the left.
+def attention_mask(image_id, bidirectional=True):
+    """Section 3, "Transfusion attention": may the query (row) see the key (column)?
 
-    "BOS a red circle. BOI [patches] EOI EOS" becomes "BOS BOI [patches] EOI EOS". Training and sampling both use it.
+    image_id (B, T) -> bool (B, 1, T, T), the same for all heads. Padding needs no rule of its own:
+    it is on the right, where causality hides it from everything else.
     """
-    gone = rows[:, None] & (tokens >= N_SPECIAL)                        # (B, T)
-    order = gone.long().argsort(dim=1, stable=True)                     # what stays, in its order, then what goes
-    return tokens.masked_fill(gone, PAD).gather(1, order), image_id.gather(1, order)
+    T = image_id.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=image_id.device).tril()
+    is_patch = image_id >= 0
+    same_image = (image_id[:, :, None] == image_id[:, None, :]) & is_patch[:, :, None]  # (B, T, T)
+    mask = causal | same_image if bidirectional else causal.expand_as(same_image)
+    return mask[:, None]
 
-def rows_to_drop(tokens, share):
-    """Which rows (B,) train without their text: the given share of those in which text comes before an image."""
-    text_first = ((tokens == BOI) & ((tokens >= N_SPECIAL).cumsum(1) > 0)).any(1)
-    return text_first & (torch.rand(len(tokens), device=tokens.device) < share)
+def has_lm_loss(tokens, instruction_loss=True):
+    """Which positions have an LM loss? (B, T) -> bool (B, T - 1), for all positions but the last.
 
-def mixed_mask(image_id, bidirectional=True):
-    """Section 3, "Transfusion attention", as a predicate: may the query at place q see the key at place kv?
-
-    Row b, head h (all heads share the mask): FlexAttention's signature; below, dense_mask applies it to all pairs.
-    Padding needs no rule of its own: it is on the right, where causality hides it.
+    Not at BOI and at patches: what follows is an image, or the EOI that `pack` appends. And not
+    where padding follows.
     """
-    def may_see(b, h, q, kv):
-        same_image = (image_id[b, q] == image_id[b, kv]) & (image_id[b, q] >= 0)
-        return (kv <= q) | same_image if bidirectional else kv <= q
-    return may_see
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    has_loss = (inputs != BOI) & (inputs != PATCH) & (targets != PAD)
+    if not instruction_loss:  # none where the target is text between two images: it is always given
+        n_boi = (tokens == BOI).cumsum(1)  # up to and including each position (B, T)
+        is_between = (n_boi > 0) & (n_boi < n_boi[:, -1:])
+        is_instruction = is_between & (tokens >= N_SPECIAL)
+        has_loss = has_loss & ~is_instruction[:, 1:]
+    return has_loss
 
-def dense_mask(may_see, query, n_keys):
-    """Boolean (B, 1, n, n_keys): the predicate applied to the places query (B, n) and all keys."""
-    b = torch.arange(len(query), device=query.device).view(-1, 1, 1, 1)
-    return may_see(b, 0, query[:, None, :, None], torch.arange(n_keys, device=query.device))
+# ---- Diffusion -----------------------------------------------------------------------------------
 
-# ---- Schedule and noise ----------------------------------------------------------------------------------------------
+def alpha_bar(t):
+    """The share of signal in the variance of x_t. Times (M,) -> (M, 1, 1, 1), to multiply images.
 
-def sample_t(shape, t_power, device):
-    """Training times. NOT STATED: the paper names no distribution; DDPM's is uniform (t_power 1).
-
-    The noisy ones, where the text decides what is drawn, need practice: the U-Net draws 0.91 right with 2, 0.37 with 1.
+    Cosine schedule (section 2.2): sqrt(alpha_bar) = cos(t * pi / 2). Our t is continuous, and the
+    paper's step is 1000 t. The bounds avoid divisions by zero. (Any schedule that falls from 1 to 0
+    works here, but t_power, noise_cap and the clamp in `p_sample` were chosen for this one.)
     """
-    return torch.rand(shape, device=device) ** (1 / t_power)
+    return torch.cos(t * math.pi / 2).square().clamp(1e-6, 1 - 1e-6)[:, None, None, None]
 
-def signal_noise(t, target):
-    """How much signal a and how much noise s are in x_t = a * x0 + s * eps.
-
-    Cosine schedule (section 2.2): a = sqrt(alpha_bar_t) = cos(t * pi / 2), s = sqrt(1 - alpha_bar_t). Only the target
-    "flow" brings a schedule of its own, flow matching's straight path from image to noise.
-    """
-    if target == "flow":
-        return 1 - t, t
-    return torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)
-
-def q_sample(x0, eps, t, target):
-    """Section 2.2: noise the clean x0 (B, K, C, H, W) to time t (B, K)."""
-    a, s = signal_noise(t[..., None, None, None], target)
-    return a * x0 + s * eps
+def q_sample(x0, eps, t):
+    """Section 2.2: add noise eps ~ N(0, 1) to images x0, both (M, C, H, W), as at times t (M,)."""
+    ab = alpha_bar(t)
+    return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
 
 def diffusion_target(x0, eps, t, target):
-    """What the model should say about x_t. Each answer gives the others; only their errors weigh differently.
+    """What the model should predict about x_t: the noise eps, the image x0, or the mixture v.
 
-    An error of x0 is one of v times s, and one of eps times s / a. So with x0 it is the noisy times that count, where
-    there is no telling what to draw but from the text, and not the nearly clean ones, where only noise is to be told.
+    Given x_t, each of them determines the others. What differs is how much each t counts in the
+    loss. Near t = 1, where the text decides what is drawn, x_t is almost eps: there the loss of eps
+    is small whatever the model thinks of the image, and the loss of x0 is not.
 
-    DEVIATION: the paper predicts eps (target="eps"); the default is x0, which in a toy run draws 0.994 of
-    the held-out captions right, and eps 0.004 (README).
+    DEVIATION: the paper predicts eps (--target eps). With x0, a model of this size learns to draw
+    in far fewer steps (data/README.md).
     """
-    a, s = signal_noise(t[..., None, None, None], target)
-    return {"eps": eps, "x0": x0, "v": a * eps - s * x0, "flow": eps - x0}[target]
-
-def x0_and_eps(pred, xt, t, target):
-    """Solve the prediction and x_t = a * x0 + s * eps for x0 and eps."""
-    a, s = signal_noise(t[..., None, None, None], target)
+    ab = alpha_bar(t)
     if target == "eps":
-        # Near t = 1 hardly anything of x0 is left, and dividing by a would only magnify the error of pred: there the
-        # best guess is the mean of the latents, 0. They have unit variance, so 5 is a generous bound for the rest.
-        x0 = ((xt - s * pred) / a.clamp(min=0.01) * (a > 0.01)).clamp(-5, 5)
-        return x0, pred
-    if target == "x0":
-        return pred, (xt - a * pred) / s
-    if target == "v":  # a * eps - s * x0, and a^2 + s^2 = 1
-        return a * xt - s * pred, s * xt + a * pred
-    return xt - s * pred, xt + a * pred  # flow: eps - x0, and a + s = 1
+        return eps
+    if target == "v":
+        return ab.sqrt() * eps - (1 - ab).sqrt() * x0
+    return x0
 
-def p_sample(xt, pred, t, t_next, target, sampler):
-    """One denoising step, from time t to t_next < t.
+def predicted_x0(xt, pred, t, target):
+    """Solve x_t = sqrt(ab) x0 + sqrt(1 - ab) eps for x0, given what the model predicts."""
+    ab = alpha_bar(t)
+    if target == "eps":
+        return (xt - (1 - ab).sqrt() * pred) / ab.sqrt()
+    if target == "v":  # insert x_t and v: the eps cancel, and ab x0 + (1 - ab) x0 is left
+        return ab.sqrt() * xt - (1 - ab).sqrt() * pred
+    return pred
 
-    Both samplers noise the predicted x0 to t_next. "ddim" takes the predicted noise for all of it; "ddpm", the
-    paper's ancestral sampler, replaces some by fresh noise: the variance of DDPM's posterior q(x_t_next | x_t, x0).
+def p_sample(xt, pred, t, t_next, target, eta=0.0):
+    """One denoising step, t to t_next < t, (M,) or (1,): equation 12 of DDIM (arXiv 2010.02502).
 
-    DEVIATION: the default is ddim, with 25 to 50 steps where the paper takes 250 (sampler="ddpm" is the way back).
+    With eta = 0 (DDIM) it noises the predicted x0 to t_next with the predicted eps, like q_sample.
+    With eta > 0, fresh noise of variance sigma^2 replaces a part of eps, and the variance of all
+    noise stays 1 - ab_next. With eta = 1 (DDPM's ancestral sampler) sigma^2 is the variance of the
+    posterior q(x_t_next | x_t, x0).
+
+    NOT STATED: which sampler the paper uses. DEVIATION: 25 to 50 steps of DDIM are enough here. The
+    paper takes 250 steps (sample.py --steps 250 --eta 1).
     """
-    x0, eps = x0_and_eps(pred, xt, t, target)
-    a, s = signal_noise(t[..., None, None, None], target)
-    a_next, s_next = signal_noise(t_next[..., None, None, None], target)
-    fresh_var = torch.zeros_like(s)
-    if sampler == "ddpm":
-        fresh_var = (s**2 - (a / a_next * s_next) ** 2).clamp(min=0) * (s_next / s) ** 2
-    kept_var = (s_next**2 - fresh_var).clamp(min=0)
-    return a_next * x0 + kept_var.sqrt() * eps + fresh_var.sqrt() * torch.randn_like(xt)
+    ab, ab_next = alpha_bar(t), alpha_bar(t_next)
+    x0 = predicted_x0(xt, pred, t, target)
+    x0 = x0.clamp(-5, 5)  # latents have variance 1; near t = 1, x0 from eps can be far off
+    eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()  # the noise that makes this x0 into x_t
+    beta = 1 - ab / ab_next  # variance of the noise that was added between t_next and t
+    sigma = eta * (beta * (1 - ab_next) / (1 - ab)).sqrt()
+    eps_scale = (1 - ab_next - sigma**2).clamp(min=0).sqrt()  # rounding can take it below 0
+    return ab_next.sqrt() * x0 + eps_scale * eps + sigma * torch.randn_like(xt)
 
-# ---- Transformer: Llama's (RMSNorm, RoPE, SwiGLU, no biases) ---------------------------------------------------------
+def training_times(n, t_power, device):
+    """Random times (n,).
 
-def rope_angles(position, head_dim, base=10000.0):
-    """cos and sin of the rotary angles of places (B, T), both (B, 1, T, head_dim / 2)."""
-    frequency = base ** -(torch.arange(0, head_dim, 2, device=position.device) / head_dim)
-    angle = position[:, None, :, None] * frequency
+    NOT STATED: their distribution. In DDPM it is uniform (t_power = 1). With t_power = 3 the
+    density is 3 t^2: more of the noisy times, at which the text decides what is drawn.
+    """
+    return torch.rand(n, device=device) ** (1 / t_power)
+
+def sampling_times(steps, t_power):
+    """Times of denoising, from 1 to 0 (steps + 1,). NOT STATED: here as dense as in training."""
+    return torch.linspace(1, 0, steps + 1) ** (1 / t_power)
+
+def guide(with_text, without_text, guidance_scale):
+    """Classifier-free guidance: move the prediction away from what it would be without the text."""
+    return without_text + guidance_scale * (with_text - without_text)
+
+# ---- Transformer: Llama (RMSNorm, RoPE, SwiGLU, no biases) ---------------------------------------
+
+def rope_angles(n_positions, head_dim, device, base=10000.0):
+    """Rotary position embedding: cos and sin of the angles, both (T, head_dim / 2)."""
+    frequency = base ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)
+    angle = torch.arange(n_positions, device=device)[:, None] * frequency
     return angle.cos(), angle.sin()
 
 def rotate(x, rope):
-    """Turn each pair of features by an angle that grows with the place, so that q.k depends on the distance only."""
+    """Rotate pairs of features of x (..., T, head_dim) by angles that grow with the position.
+
+    The product of a rotated query and a rotated key then depends on their distance only.
+    """
     cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    first, second = x.chunk(2, dim=-1)  # feature i forms a pair with feature i + head_dim / 2
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.n_heads, head_dim = cfg.n_heads, cfg.dim // cfg.n_heads
+        self.n_heads = cfg.n_heads
         self.wq = nn.Linear(cfg.dim, cfg.dim, bias=False)
         self.wk = nn.Linear(cfg.dim, cfg.dim, bias=False)
         self.wv = nn.Linear(cfg.dim, cfg.dim, bias=False)
         self.wo = nn.Linear(cfg.dim, cfg.dim, bias=False)
+        head_dim = cfg.dim // cfg.n_heads
         self.q_norm = nn.RMSNorm(head_dim) if cfg.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head_dim) if cfg.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, mask, store=None):
-        q, k, v = (w(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
-        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)      # (B, heads, T, head_dim)
-        if store is not None:  # generating: add these keys and values to the earlier ones
-            k, v = store(k, v)                                                 # (B, heads, all places, head_dim)
+    def forward(self, x, rope, mask):
+        B, T, D = x.shape
+        q = self.wq(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, heads, T, head_dim)
+        k = self.wk(x).view(B, T, self.n_heads, -1).transpose(1, 2)
+        v = self.wv(x).view(B, T, self.n_heads, -1).transpose(1, 2)
+        q = rotate(self.q_norm(q), rope)
+        k = rotate(self.k_norm(k), rope)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.wo(x.transpose(1, 2).flatten(2))                           # (B, T, D)
+        return self.wo(x.transpose(1, 2).reshape(B, T, D))
 
 class FeedForward(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        hidden = 32 * round(cfg.dim * 8 / 3 / 32)
+        hidden = 32 * max(1, round(cfg.dim * 8 / 3 / 32))
         self.w1 = nn.Linear(cfg.dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, cfg.dim, bias=False)
         self.w3 = nn.Linear(cfg.dim, hidden, bias=False)
@@ -296,61 +292,74 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.attention_norm, self.attention = nn.RMSNorm(cfg.dim), Attention(cfg)
-        self.ffn_norm, self.ffn = nn.RMSNorm(cfg.dim), FeedForward(cfg)
+        self.attention_norm = nn.RMSNorm(cfg.dim)
+        self.attention = Attention(cfg)
+        self.ffn_norm = nn.RMSNorm(cfg.dim)
+        self.ffn = FeedForward(cfg)
 
-    def forward(self, x, rope, mask, store=None):
-        x = x + self.attention(self.attention_norm(x), rope, mask, store)
+    def forward(self, x, rope, mask):
+        x = x + self.attention(self.attention_norm(x), rope, mask)
         return x + self.ffn(self.ffn_norm(x))
 
-class KVCache:
-    """For generation only: the keys and values of every layer, and length, how many places of each row are kept.
+class Transformer(nn.Module):
+    """The trunk of Transfusion and Chameleon: embeddings (B, T, D) and a mask -> (B, T, D)."""
 
-    The model writes after a row's length and does not move it. To keep what it wrote, its caller moves length; what
-    lies past length is free to be overwritten, as every step of denoising is by the next, and no kept place sees it.
-    """
+    def __init__(self, cfg):
+        super().__init__()
+        self.head_dim = cfg.dim // cfg.n_heads
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.norm = nn.RMSNorm(cfg.dim)
 
-    def __init__(self, cfg, rows, places, like):
-        shape = (rows, cfg.n_heads, places, cfg.dim // cfg.n_heads)
-        self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(cfg.n_layers)]
-        self.image_id = torch.full((rows, places), -1, device=like.device)
-        self.length = torch.zeros(rows, dtype=torch.long, device=like.device)
+    def forward(self, x, mask):
+        rope = rope_angles(x.shape[1], self.head_dim, x.device)
+        for block in self.blocks:
+            x = block(x, rope, mask)
+        return self.norm(x)
 
-    def store(self, layer, position):
-        """For one layer: a function that stores k and v (B, heads, n, head_dim) at places (B, n), and returns all."""
-        def write(k, v):
-            where = position[:, None, :, None].expand_as(k)
-            return [whole.scatter_(2, where, part) for whole, part in zip(self.layers[layer], (k, v))]
-        return write
+def init_matrices(module, n_layers):
+    """GPT-2's initialisation: N(0, 0.02^2), smaller for the last matrix of a residual branch."""
+    for name, p in module.named_parameters():
+        if p.dim() == 2:
+            ends_branch = name.endswith(("wo.weight", "w2.weight"))
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layers) if ends_branch else 0.02)
 
-# ---- Patches ---------------------------------------------------------------------------------------------------------
+# ---- Patch encoders and decoders -----------------------------------------------------------------
 
 def patchify(latents, p):
-    """(..., C, H, W) -> (..., N, P): squares of p x p latents in raster order, each as one vector."""
-    x = latents.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))                  # (..., C, H/p, p, W/p, p)
-    return x.movedim(-5, -1).transpose(-4, -3).flatten(-5, -4).flatten(-3)     # (..., H/p * W/p, p * p * C)
+    """(M, C, H, W) -> (M, N, P): squares of p x p latents in raster order, each as a vector."""
+    M, C, H, W = latents.shape
+    squares = latents.reshape(M, C, H // p, p, W // p, p)
+    squares = squares.permute(0, 2, 4, 3, 5, 1)  # (M, H / p, W / p, p, p, C)
+    return squares.reshape(M, (H // p) * (W // p), p * p * C)
 
-def unpatchify(patches, p, channels):
-    """The inverse of patchify, for square images."""
-    side = math.isqrt(patches.shape[-2])
-    x = patches.unflatten(-2, (side, side)).unflatten(-1, (p, p, channels))    # (..., H/p, W/p, p, p, C)
-    return x.transpose(-4, -3).movedim(-1, -5).flatten(-2).flatten(-3, -2)     # (..., C, H, W)
+def unpatchify(patches, p, grid):
+    """The inverse of patchify for images of grid x grid patches: (M, N, P) -> (M, C, H, W)."""
+    M, N, P = patches.shape
+    C = P // p**2
+    squares = patches.reshape(M, grid, grid, p, p, C)
+    squares = squares.permute(0, 5, 1, 3, 2, 4)  # (M, C, grid, p, grid, p)
+    return squares.reshape(M, C, grid * p, grid * p)
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of t, counted in 1000 steps, then a small MLP (DiT's). (...) -> (..., out_dim)."""
+    """Sinusoids of t, counted in 1000 steps, then a small MLP: (M,) -> (M, out_dim)."""
 
     def __init__(self, out_dim, n_frequencies=64):
         super().__init__()
-        self.register_buffer("frequency", 1000 * 10000 ** -torch.linspace(0, 1, n_frequencies), persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(2 * n_frequencies, 128), nn.SiLU(), nn.Linear(128, out_dim))
+        frequency = 1000 * 10000 ** -torch.linspace(0, 1, n_frequencies)
+        self.register_buffer("frequency", frequency, persistent=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * n_frequencies, 128), nn.SiLU(), nn.Linear(128, out_dim)
+        )
 
     def forward(self, t):
-        angle = t[..., None] * self.frequency
+        angle = t[:, None] * self.frequency
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
 
 class LinearPatchEncoder(nn.Module):
-    """Section 3: the embedding of t is added to every patch vector, then one linear layer. This is where t enters.
-    Like every patch encoder, returns the patch vectors and what its decoder needs besides: here nothing.
+    """Section 3: add the embedding of t to every patch, then apply one linear layer.
+
+    With this encoder, t enters the model only here. Every encoder returns the embeddings of the
+    patches, and h_in: what its decoder gets directly, past the transformer. Here that is nothing.
     """
 
     def __init__(self, cfg):
@@ -360,440 +369,587 @@ class LinearPatchEncoder(nn.Module):
         self.linear = nn.Linear(cfg.patch_dim, cfg.dim)
 
     def forward(self, latents, t):
-        x = patchify(latents, self.patch_size) + self.time(t)[..., None, :]    # (B, K, N, P)
-        return self.linear(x), None                                            # (B, K, N, D)
+        patches = patchify(latents, self.patch_size)  # (M, N, P)
+        return self.linear(patches + self.time(t)[:, None, :]), None  # (M, N, D)
 
 class LinearPatchDecoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.patch_size, self.channels = cfg.patch_size, cfg.latent_channels
+        self.patch_size, self.grid = cfg.patch_size, cfg.grid
         self.linear = nn.Linear(cfg.dim, cfg.patch_dim)
 
-    def forward(self, x, _):
-        return unpatchify(self.linear(x), self.patch_size, self.channels)      # (B, K, C, H, W)
+    def forward(self, x, h_in):
+        return unpatchify(self.linear(x), self.patch_size, self.grid)  # (M, C, H, W)
 
 class ResBlock(nn.Module):
-    """Two convolutions and a shortcut around them; the embedding of t is added in the middle (as in DDPM)."""
+    """Like DDPM's residual block: two convolutions, the embedding of t added between them."""
 
     def __init__(self, n_in, n_out, time_dim):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(1, n_in), nn.Conv2d(n_in, n_out, 3, padding=1)
+        self.norm1 = nn.GroupNorm(1, n_in)
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, padding=1)
         self.time = nn.Linear(time_dim, n_out)
-        self.norm2, self.conv2 = nn.GroupNorm(1, n_out), nn.Conv2d(n_out, n_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(1, n_out)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1)
         self.shortcut = nn.Conv2d(n_in, n_out, 1)
 
     def forward(self, x, time):
-        h = self.conv1(F.silu(self.norm1(x))) + self.time(time)[..., None, None]
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(time)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
 
 class UNetDown(nn.Module):
-    """The paper's other encoder: the down half of a U-Net, from noised latents and t to one vector a patch.
+    """The paper's other patch encoder: the first half of a U-Net, from latents and t to patches.
 
-    The side is halved log2(patch_size) times: never for patches of one latent, twice for 4 x 4. What every size looked
-    like on the way goes to the up half, after the transformer: h_in = (embedding of t, skips), the long skip.
+    It halves the resolution log2(patch_size) times, until each patch is one pixel. Its features at
+    all resolutions, and the embedding of t, are h_in: they bypass the transformer.
     """
 
     def __init__(self, cfg, time_dim=128):
         super().__init__()
-        widths = [cfg.unet_dim * 2**i for i in range(cfg.patch_size.bit_length())]
+        n_resolutions = 1 + int(math.log2(cfg.patch_size))
+        widths = [cfg.unet_dim * 2**i for i in range(n_resolutions)]
         self.time = TimeEmbedding(time_dim)
         self.first = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList(ResBlock(width, width, time_dim) for width in widths)
-        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
+        self.downsample = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
         self.last = nn.Linear(widths[-1], cfg.dim)
 
     def forward(self, latents, t):
-        x, time, skips = self.first(latents.flatten(0, 1)), self.time(t.flatten()), []   # all images in one batch
-        for block, shrink in zip(self.blocks, [*self.shrink, nn.Identity()]):
-            skips.append(block(x, time))                                       # (B * K, width, H / 2^i, W / 2^i)
-            x = shrink(skips[-1])
-        return self.last(x.flatten(2).mT).unflatten(0, t.shape), (time, skips)  # (B, K, N, D)
+        time = self.time(t)
+        x = self.first(latents)
+        skips = []
+        for block, downsample in zip(self.blocks, [*self.downsample, nn.Identity()]):
+            x = block(x, time)
+            skips.append(x)  # (M, width, H / 2^i, W / 2^i)
+            x = downsample(x)
+        x = x.flatten(2).transpose(1, 2)  # (M, N, width)
+        return self.last(x), (time, skips)  # (M, N, D)
 
 class UNetUp(nn.Module):
-    """The up half: from the transformer's vectors, t and the long skip to the prediction for every latent."""
+    """The second half of the U-Net: from the transformer's output and h_in to a prediction."""
 
     def __init__(self, cfg, time_dim=128):
         super().__init__()
         self.grid = cfg.grid
-        widths = [cfg.unet_dim * 2**i for i in range(cfg.patch_size.bit_length())][::-1]
+        n_resolutions = 1 + int(math.log2(cfg.patch_size))
+        widths = [cfg.unet_dim * 2**i for i in reversed(range(n_resolutions))]
         self.first = nn.Linear(cfg.dim, widths[0])
         self.blocks = nn.ModuleList(ResBlock(2 * width, width, time_dim) for width in widths)
-        self.grow = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairwise(widths))
+        self.upsample = nn.ModuleList(
+            nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairwise(widths)
+        )
         self.last = nn.Conv2d(widths[-1], cfg.latent_channels, 3, padding=1)
 
     def forward(self, x, h_in):
-        (time, skips), shape = h_in, x.shape[:2]
-        x = self.first(x.flatten(0, 1)).mT.unflatten(-1, (self.grid, self.grid))
-        for block, skip, grow in zip(self.blocks, reversed(skips), [*self.grow, nn.Identity()]):
-            x = grow(block(torch.cat([x, skip], 1), time))
-        return self.last(x).unflatten(0, shape)                                # (B, K, C, H, W)
+        time, skips = h_in
+        x = self.first(x).transpose(1, 2)  # (M, width, N)
+        x = x.unflatten(2, (self.grid, self.grid))
+        for block, skip, upsample in zip(self.blocks, skips[::-1], [*self.upsample, nn.Identity()]):
+            x = block(torch.cat([x, skip], dim=1), time)
+            x = upsample(x)
+        return self.last(x)  # (M, C, H, W)
 
-PATCH_CODERS = {"linear": (LinearPatchEncoder, LinearPatchDecoder), "unet": (UNetDown, UNetUp)}
+# ---- Transfusion ---------------------------------------------------------------------------------
 
-# ---- The model and its loss ------------------------------------------------------------------------------------------
+def next_token_losses(logits, tokens):
+    """-log P(next token) at each position but the last: (B, T, V) and (B, T) -> (B, T - 1)."""
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
 
-def take(x, index):
-    """Rows of x (B, M, D) by index (B, T) -> (B, T, D)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+def mean_where(x, where):
+    """The mean of x over the entries where the boolean `where` is true; 0 if there are none."""
+    return (x * where).sum() / where.sum().clamp(min=1)
 
-def mean_where(x, counts):
-    return (x * counts).sum() / counts.sum().clamp(min=1)
-
-def nth_patch(image_id):
-    """(B, T): which of its row's patches, all images in one list, an image place holds. Elsewhere unused."""
-    return (image_id >= 0).cumsum(1).sub(1).clamp(min=0)
-
-def token_losses(logits, tokens, image_id, text_between=True):
-    """-log P(next token) of each place but the last, and which of them count: both (B, T - 1).
-
-    logits (B, T - 1, V) are those of all places but the last. There is no LM loss where the input is BOI (what follows
-    is an image) or a patch (EOI is appended, not predicted), nor where padding follows; nor, without text_between,
-    where an instruction follows, text between two images, which is given and not to be imitated.
-    """
-    inputs, targets, n_images = tokens[:, :-1], tokens[:, 1:], image_id.cummax(1).values[:, 1:] + 1
-    instructs = (targets >= N_SPECIAL) & (n_images > 0) & (n_images < n_images[:, -1:])
-    counts = (inputs != BOI) & (image_id[:, :-1] < 0) & (targets != PAD) & (~instructs | text_between)
-    error = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return error.view_as(targets), counts
+def comes_first_with_more_after(tokens, n_patches):
+    """Which images open their document, and are not all of it? (B, T) -> bool (M,)."""
+    row, boi_position = (tokens == BOI).nonzero(as_tuple=True)  # of each image, in reading order
+    comes_first = boi_position == 1  # right after BOS
+    position_after = boi_position + 1 + n_patches + 1  # after BOI, the patches and EOI
+    return comes_first & (tokens[row, position_after] != EOS)
 
 class Transfusion(nn.Module):
-    def __init__(self, cfg, vocab_size):
+    def __init__(self, cfg, tokenizer):
         super().__init__()
-        self.cfg, self.vocab_size = cfg, vocab_size
-        self.token_embedding = nn.Embedding(vocab_size, cfg.dim)
-        encoder, decoder = PATCH_CODERS[cfg.patch_encoder]
-        self.patch_encoder = encoder(cfg)
-        # DEVIATION: patches know their place in the picture by a learned embedding; the paper has only the RoPE of
-        # their raster order in the sequence (patch_position=False). Its share in the result was not measured apart.
-        self.patch_position = nn.Parameter(torch.empty(cfg.n_patches, cfg.dim)) if cfg.patch_position else 0
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
-        self.norm = nn.RMSNorm(cfg.dim)
-        self.lm_head = nn.Linear(cfg.dim, vocab_size, bias=False)
-        self.patch_decoder = decoder(cfg)
-        for name, p in self.named_parameters():
-            if p.dim() == 2 and (cfg.patch_encoder == "linear" or "coder" not in name):  # the U-Net keeps PyTorch's
-                last_of_block = name.endswith(("wo.weight", "w2.weight"))
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * cfg.n_layers) if last_of_block else 1))
+        self.cfg, self.tokenizer = cfg, tokenizer
+        self.token_embedding = nn.Embedding(len(tokenizer), cfg.dim)
+        # DEVIATION: patches have a learned embedding of their position in the image. The paper
+        # mentions only the RoPE of their raster order in the sequence (--no-patch-position).
+        if cfg.patch_position:
+            self.patch_position = nn.Parameter(torch.empty(cfg.n_patches, cfg.dim))  # filled below
+        else:
+            self.patch_position = 0
+        self.transformer = Transformer(cfg)
+        self.lm_head = nn.Linear(cfg.dim, len(tokenizer), bias=False)
+        if cfg.patch_encoder == "linear":
+            self.patch_encoder = LinearPatchEncoder(cfg)
+            self.patch_decoder = LinearPatchDecoder(cfg)
+        init_matrices(self, cfg.n_layers)
+        if cfg.patch_encoder == "unet":  # the U-Net keeps PyTorch's initialisation
+            self.patch_encoder = UNetDown(cfg)
+            self.patch_decoder = UNetUp(cfg)
 
-    def forward(self, tokens, image_id, latents=None, t=None, cache=None):
-        """tokens, image_id (B, T), noised latents (B, K, C, H, W), t (B, K) -> logits (B, T, V), pred (B, K, C, H, W).
+    def forward(self, tokens, image_id, latents, t):
+        """Run a packed batch whose latents (M, C, H, W) are noised to times t (M,).
 
-        With a cache the T places come behind those that are in it, and see them too; latents are then only those of
-        the images among the T places. Without images, pred is latents as given.
+        Returns the logits of the next token (B, T, V), and for each image the prediction of eps, v
+        or x0 (M, C, H, W).
         """
-        is_patch, has_images = image_id >= 0, latents is not None and latents.shape[1] > 0
-        x = self.token_embedding(tokens)                                       # (B, T, D)
-        if has_images:
-            patches, h_in = self.patch_encoder(latents, t)                     # (B, K, N, D)
-            patches = patches + self.patch_position
-            x = torch.where(is_patch[..., None], take(patches.flatten(1, 2), nth_patch(image_id)), x)
+        is_patch = image_id >= 0  # (B, T)
+        x = self.token_embedding(tokens)  # (B, T, D)
+        patches, h_in = self.patch_encoder(latents, t)
+        patches = patches + self.patch_position  # (M, N, D)
+        # Boolean indexing goes through the batch in reading order, and latents are in that order.
+        x[is_patch] = patches.flatten(0, 1).to(x.dtype)
+        x = self.transformer(x, attention_mask(image_id, self.cfg.bidirectional))
+        logits = self.lm_head(x)
+        pred = self.patch_decoder(x[is_patch].view(patches.shape), h_in)
+        return logits, pred
 
-        position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        if cache is not None:
-            position = position + cache.length[:, None]
-            image_id = cache.image_id.scatter_(1, position, image_id)          # (B, all places)
-        may_see = mixed_mask(image_id, self.cfg.bidirectional)
-        mask = dense_mask(may_see, position, image_id.shape[1])                # (B, 1, T, all places)
-        rope = rope_angles(position, self.cfg.dim // self.cfg.n_heads)
-        for i, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache and cache.store(i, position))      # (B, T, D)
-        x = self.norm(x)
-        logits = self.lm_head(x)                                               # (B, T, V)
-        if not has_images:
-            return logits, latents                                             # None, or empty
-        # The inverse of that take: bring the image places to the front, in their order. Where a row has fewer than K
-        # images, text places fill up, which the loss ignores. (Some row has all K, so there are at least K * N places.)
-        places = is_patch.logical_not().long().argsort(dim=1, stable=True)[:, :patches.shape[1] * patches.shape[2]]
-        return logits, self.patch_decoder(take(x, places).unflatten(1, patches.shape[1:3]), h_in)
+    def pack(self, documents, end=True):
+        batch = pack(documents, self.tokenizer, self.cfg, end)
+        return [tensor.to(self.lm_head.weight.device) for tensor in batch]
 
-    def loss(self, tokens, image_id, latents):
-        """The joint loss of a batch of clean latents: (loss, loss_lm, loss_ddpm). Section 3, training objective."""
-        # For guidance, some rows with a captioned image lose their text and train images only. NOT STATED: how often.
-        drop = rows_to_drop(tokens, self.cfg.drop_text)
+    def loss(self, documents):
+        """Section 3, training objective: L = L_LM + lambda * L_DDPM.
 
-        # Every image has a t of its own. Text sees the images before it as noised as they are. So that there is
-        # something to see, images that precede all text are noised at most to noise_cap (table 8 of the paper).
-        k = torch.arange(latents.shape[1], device=tokens.device)[:, None]
-        here = image_id[:, None] == k                                          # (B, K, T) the places of each image
-        n_before = (tokens >= N_SPECIAL).cumsum(1)                             # (B, T) text tokens up to here
-        all_text_follows = (n_before == 0) & (n_before[:, -1:] > 0)
-        exists, shown_first = here.any(-1), (here & all_text_follows[:, None]).any(-1)  # (B, K)
-        t = sample_t(exists.shape, self.cfg.t_power, tokens.device)
-        t = torch.where(shown_first, t * self.cfg.noise_cap, t)
+        The documents have clean latents, and for guidance some have no text (train.py's option
+        --unconditional-share). Returns (loss, loss_lm, loss_ddpm).
+        """
+        tokens, image_id, latents = self.pack(documents)
 
-        # The text goes only now, after the cap: without its instruction too, an edit's first image keeps its t.
-        tokens, image_id = without_text(tokens, image_id, drop)
+        # Every image has its own t. The noise cap (table 8): an image that the rest of its document
+        # has to see gets a t that is uniform in [0, noise_cap].
+        t = training_times(len(latents), self.cfg.t_power, latents.device)  # (M,)
+        capped_t = self.cfg.noise_cap * torch.rand_like(t)
+        t = torch.where(comes_first_with_more_after(tokens, self.cfg.n_patches), capped_t, t)
+
         eps = torch.randn_like(latents)
-        xt = q_sample(latents, eps, t, self.cfg.target)                        # the latents are noised, not the patches
-        logits, pred = self(tokens[:, :-1], image_id[:, :-1], xt, t)           # the last place is never a patch
+        xt = q_sample(latents, eps, t)  # the latents are noised, before they become patches
+        logits, pred = self(tokens, image_id, xt, t)
 
-        # Diffusion loss: the mean square error of every image, then the mean over the images of the batch.
-        error = (pred - diffusion_target(latents, eps, t, self.cfg.target)).square().mean((2, 3, 4))  # (B, K)
-        loss_ddpm = mean_where(error, exists & (t > 0))                        # a clean image has nothing to tell
+        # Diffusion loss: the mean squared error of each image, then the mean over noised images.
+        wanted = diffusion_target(latents, eps, t, self.cfg.target)
+        error = (pred - wanted).square().mean((1, 2, 3))  # (M,)
+        loss_ddpm = mean_where(error, t > 0)  # t is 0 only for a capped image with noise_cap = 0
 
-        # LM loss: a mean over the tokens that count.
-        error, counts = token_losses(logits, tokens, image_id, self.cfg.text_between)
-        loss_lm = mean_where(error, counts & ~drop[:, None])
+        # LM loss: the mean over the positions of the whole batch that predict a token.
+        has_loss = has_lm_loss(tokens, self.cfg.instruction_loss)
+        loss_lm = mean_where(next_token_losses(logits, tokens), has_loss)
         return loss_lm + self.cfg.lambda_ddpm * loss_ddpm, loss_lm, loss_ddpm
 
-    def draw(self, look, logits, shape, steps, cfg_scale, sampler):
-        """Diffusion mode: denoise images of the given shape (B, 1, C, H, W), and yield them after every step.
+    def logits(self, documents, end=True):
+        """Next-token logits (B, T, V) of documents with clean images, and their tokens (B, T)."""
+        tokens, image_id, latents = self.pack(documents, end)
+        logits, _ = self(tokens, image_id, latents, t=latents.new_zeros(len(latents)))
+        return logits, tokens
 
-        look(xt, t) runs the model on them behind what was written; logits are those at the BOI before them.
-        NOT STATED: the times. Here as dense as in training: a step adds an error, so few lie where it trained little.
+    def predict_last_image(self, documents, t):
+        """The prediction (B, C, H, W) for the last image of each document, which is noised to t.
+
+        The images before it are given clean, with t = 0. Training differs: there they are noised as
+        well, the first one up to noise_cap, and later ones to any t.
         """
-        xt = torch.randn(shape, device=logits.device)
-        for t, t_next in pairwise(torch.linspace(1, 0, steps + 1, device=logits.device) ** (1 / self.cfg.t_power)):
-            _, pred = look(xt, t)
-            xt = p_sample(xt, guide(pred, cfg_scale), t, t_next, self.cfg.target, sampler)
-            yield xt
+        tokens, image_id, latents = self.pack(documents, end=False)
+        last = image_id.amax(1)  # (B,) the index in latents of each document's last image
+        times = latents.new_zeros(len(latents))
+        times[last] = t
+        _, pred = self(tokens, image_id, latents, times)
+        return pred[last]
 
-# ---- Generation ------------------------------------------------------------------------------------------------------
+    def draw(self, documents, steps, guidance_scale, eta):
+        """Diffusion mode: append noise to each document, in place, and denoise it step by step.
 
-def guide(out, cfg_scale):
-    """Classifier-free guidance: away from the answer without the text. Rows with text come first, then their twins."""
-    with_text, without = (out, out) if cfg_scale == 1 else out.chunk(2)
-    return without + cfg_scale * (with_text - without)
+        It yields at every step, so that the caller can look at the documents. Each step runs the
+        whole sequence. A key-value cache would save the part before the image, but that is short
+        here: a cache pays only with long texts or many images.
+        """
+        device = self.lm_head.weight.device
+        xt = torch.randn(len(documents), *self.cfg.latent_shape, device=device)
+        for document, image in zip(documents, xt):
+            document.append(image)
+        for t, t_next in pairwise(sampling_times(steps, self.cfg.t_power).to(device)):
+            pred = self.predict_last_image(documents, t)
+            if guidance_scale != 1:
+                without_text = [unconditional(document) for document in documents]  # keeps images
+                pred = guide(pred, self.predict_last_image(without_text, t), guidance_scale)
+            xt = p_sample(xt, pred, t[None], t_next[None], self.cfg.target, eta)
+            for document, image in zip(documents, xt):
+                document[-1] = image
+            yield
+
+# ---- Generation ----------------------------------------------------------------------------------
+
+def at_last_token(logits, tokens):
+    """The logits (B, V) at the last position of each document that is not padding."""
+    last = (tokens != PAD).sum(1) - 1
+    return logits[torch.arange(len(tokens), device=tokens.device), last]
+
+def next_token_logits(model, documents):
+    """Logits (B, V) of the token after each document, which can be text, BOI or EOS."""
+    logits = at_last_token(*model.logits(documents, end=False))
+    logits = logits[:, : len(model.tokenizer)]  # Chameleon's vocabulary has image codes after these
+    logits[:, [PAD, BOS, EOI, PATCH]] = -math.inf  # `pack` puts these where they belong
+    return logits
+
+def sample_tokens(logits, temperature):
+    """One token for each row of logits (B, V). Temperature 0 is greedy, the paper's choice."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+
+def append_token(document, token, tokenizer):
+    """Add a token of text to the end of a document, in place.
+
+    Documents hold text, not tokens: it is decoded here, and `pack` encodes it again.
+    """
+    if document and isinstance(document[-1], str):
+        document[-1] = tokenizer.decode(tokenizer.encode(document[-1]) + [token])
+    else:
+        document.append(tokenizer.decode([token]))
 
 @torch.no_grad()
-def generate(model, tokens, image_id, latents, max_length=None, max_images=1, steps=50, cfg_scale=2.0, sampler="ddim",
-             temperature=0.0, watch=None):
-    """Go on from prompts until EOS, in one loop of two states. It is the LM head that switches, by saying BOI.
+def generate(model, documents, max_tokens=64, max_images=1, steps=50, guidance_scale=2.0, eta=0.0,
+             temperature=0.0):
+    """Section 3, inference: continue documents until EOS. The model itself decides when to draw.
 
-    Takes tokens, image_id (as pack makes them with end=False) and clean latents (K may be 0). Returns the same three,
-    with what was written, and max_images more slots in latents, zero where nothing was drawn (cut off those that no row
-    uses before you give them to the model again). A row ends with EOS, at max_length (by default room for 64 tokens and
-    the images), or with a BOI after max_images. temperature 0 is greedy, as in the paper; cfg_scale 1 no guidance.
-    `watch` is called with the three so far (copy what you keep) after every step. ValueError if a prompt does not fit.
+    Yields the list of all documents after every token and every denoising step: always the same
+    list, which grows. A document also ends after max_tokens of text without BOI, or when the model
+    predicts BOI although max_images have been drawn.
     """
-    cfg, B, n, device = model.cfg, len(tokens), model.cfg.n_patches, tokens.device
-    max_length = max_length or tokens.shape[1] + 64 + max_images * (n + 2)
-    if tokens.shape[1] > max_length:
-        raise ValueError(f"the longest prompt takes {tokens.shape[1]} places, and max_length is {max_length}")
-    images = torch.cat([latents, latents.new_zeros(B, max_images, *latents.shape[2:])], dim=1)
-    n_images = image_id.amax(1) + 1                                            # (B,) images so far
-    most_images = n_images + max_images
-    length = ((tokens != PAD) * torch.arange(1, tokens.shape[1] + 1, device=device)).amax(1)
+    documents = [list(document) for document in documents]  # copies, changed in place below
+    active = documents
+    for n_drawn in range(max_images + 1):
+        # LM mode: write until every active document has predicted BOI (it will draw) or EOS.
+        writing = active
+        drawing = []
+        n_tokens = 0
+        while writing and n_tokens < max_tokens:
+            tokens = sample_tokens(next_token_logits(model, writing), temperature)
+            still_writing = []
+            for document, token in zip(writing, tokens.tolist()):
+                if token == BOI:
+                    drawing.append(document)
+                elif token != EOS:
+                    append_token(document, token, model.tokenizer)
+                    still_writing.append(document)
+            writing = still_writing
+            n_tokens += 1
+            yield documents
 
-    def with_twins(x, twins=None):
-        """For guidance every row gets a twin, a row with the same marks and images and no text, the null form of
-        training: rows B to 2B. This stacks the twins' values, by default those of x again, under x (B, ...).
+        # Documents that predicted EOS end here, and so do those that are still writing.
+        if not drawing or n_drawn == max_images:
+            return
+        # Diffusion mode: draw an image in each of these documents. `pack` adds BOI and EOI.
+        for _ in model.draw(drawing, steps, guidance_scale, eta):
+            yield documents
+        active = drawing
+
+# ---- Tokenizer: text to tokens and back ----------------------------------------------------------
+
+class Tokenizer:
+    """One token for each known word. All other text becomes its UTF-8 bytes, one token each.
+
+    The token of a word includes the space before it, and one space is put before the whole text.
+    So every string survives encode and decode: "a red dog" is " a", " red" and the bytes of " dog".
+    """
+
+    def __init__(self, words):
+        self.words = list(words)
+        pieces = [word.encode() if word in ".,;:!?" else b" " + word.encode() for word in words]
+        self.bytes_of = [b""] * N_SPECIAL + [bytes([i]) for i in range(256)] + pieces
+        self.id_of = {piece: i for i, piece in enumerate(self.bytes_of) if piece}
+        longest_first = sorted(pieces, key=len, reverse=True)
+        known_words = [re.escape(piece) + rb"(?!\w)" for piece in longest_first]
+        self.pattern = re.compile(b"|".join([*known_words, b"."]), re.DOTALL)  # or any one byte
+
+    def __len__(self):
+        return len(self.bytes_of)
+
+    def encode(self, text):
+        """str -> list of token ids."""
+        text_bytes = b" " + text.encode(errors="surrogateescape")
+        return [self.id_of[piece] for piece in self.pattern.findall(text_bytes)]
+
+    def decode(self, ids):
+        """List of token ids -> str, the inverse of encode. Special tokens are skipped.
+
+        A model may write bytes that are not UTF-8. They become surrogates, which encode reverses.
         """
-        return x if cfg_scale == 1 else torch.cat([x, x if twins is None else twins])
+        text_bytes = b"".join(self.bytes_of[i] for i in ids).removeprefix(b" ")
+        return text_bytes.decode(errors="surrogateescape")
 
-    n_text = (tokens >= N_SPECIAL).sum(1)
-    null_tokens, null_id = without_text(tokens, image_id, torch.ones_like(n_text, dtype=torch.bool))
-    cache = KVCache(cfg, len(with_twins(tokens)), max_length + n + 1, like=model.lm_head.weight)  # + what is not kept
-    written = torch.full((B, cache.image_id.shape[1]), PAD, device=device)     # the tokens of the places in the cache
-    pads = torch.full((len(cache.length), n), PAD, device=device)
-    logits = torch.zeros(len(cache.length), model.lm_head.out_features, device=device)  # at each row's last place
-
-    def append(new_tokens, new_id, n_keep, new_latents=None):
-        """Run new places after every row, images clean at t = 0. The first n_keep (rows,) of them stay in the cache,
-        their tokens in written, and the logits at the last of them in logits.
-        """
-        t = None if new_latents is None else torch.zeros(new_latents.shape[:2], device=device)
-        out, _ = model(new_tokens, new_id, new_latents, t, cache)
-        written.scatter_(1, cache.length[:B, None] + torch.arange(new_tokens.shape[1], device=device), new_tokens[:B])
-        newest = out[torch.arange(len(out), device=device), (n_keep - 1).clamp(min=0)]
-        logits.copy_(torch.where(n_keep[:, None] > 0, newest, logits))
-        cache.length += n_keep
-
-    def so_far():
-        kept = torch.arange(cache.length[:B].max(), device=device) < cache.length[:B, None]
-        tokens, image_id = (x[:B, :kept.shape[1]] for x in (written, cache.image_id))
-        return tokens.where(kept, PAD), image_id.where(kept, -1), images
-
-    append(with_twins(tokens, null_tokens), with_twins(image_id, null_id), with_twins(length, length - n_text),
-           with_twins(latents))
-    while True:
-        length = cache.length[:B]
-        last = written.gather(1, length[:, None] - 1)[:, 0]
-        writing = (last != BOI) & (last != EOS) & (length < max_length)
-        drawing = (last == BOI) & (length + n < max_length) & (n_images < most_images)
-
-        if writing.any():  # LM mode. A row that has said BOI waits until the others have too, or have ended.
-            text_logits = logits[:B, :model.vocab_size]
-            if temperature == 0:
-                token = text_logits.argmax(-1)
-            else:
-                token = torch.multinomial((text_logits / temperature).softmax(-1), 1)[:, 0]
-            # All rows run, but those that do not write keep nothing; and twins keep no text.
-            n_keep = with_twins(writing, writing & (token < N_SPECIAL)).long()
-            append(with_twins(token)[:, None], torch.full_like(n_keep, -1)[:, None], n_keep)
-            if watch:
-                watch(*so_far())
-
-        elif drawing.any():  # Diffusion mode, for all rows that wait. The others run as text, and keep nothing.
-            ids = with_twins(n_images.where(drawing, -1))[:, None].expand_as(pads)
-
-            def look(xt, t, ids=ids):
-                """Run only the images' own places, against the cached prefix; the next step writes over them."""
-                return model(pads, ids, with_twins(xt), t.expand(len(pads), 1), cache)
-
-            for xt in model.draw(look, logits, (B, 1, *latents.shape[2:]), steps, cfg_scale, sampler):
-                images[drawing, n_images[drawing]] = xt[drawing, 0]
-                if watch:
-                    watch(*so_far())
-            # NOT STATED: what stays. Here the finished image, run once more clean, and EOI, appended, not predicted.
-            eoi = torch.full_like(pads[:, :1], EOI)
-            append(torch.cat([pads, eoi], 1), torch.cat([ids, torch.full_like(eoi, -1)], 1),
-                   with_twins(drawing) * (n + 1), with_twins(xt))
-            n_images = n_images + drawing
-
-        else:
-            return so_far()
-
-# ---- VAE: pictures to latents and back -------------------------------------------------------------------------------
+# ---- VAE: pictures to latents and back -----------------------------------------------------------
 
 class VAE(nn.Module):
-    """A small convolutional VAE, trained first and then frozen. Pictures are uint8 (B, H, W, 3)."""
+    """A small convolutional VAE, trained before the transformer and then frozen.
 
-    def __init__(self, cfg):
+    Pictures are uint8 pixels (M, H, W, 3). DEVIATION: the paper's VAE has 86M parameters.
+    """
+
+    def __init__(self, image_size, latent_size, latent_channels, dim, kl):
         super().__init__()
-        channels, side, _ = cfg.latent_shape
-        stages = int(math.log2(cfg.image_size / side))                         # each halves the side
-        widths = [cfg.vae_dim * 2 ** min(i, 2) for i in range(stages)]
-        wide, self.kl = widths[-1], cfg.vae_kl
+        self.kl = kl
+        n_halvings = int(math.log2(image_size / latent_size))
+        widths = [dim * 2 ** min(i, 2) for i in range(n_halvings)]  # from high to low resolution
+        wide = widths[-1]
         down, up = [], []
-        for n_in, n_out in zip([3] + widths, widths):
+        for n_in, n_out in pairwise([3, *widths]):
             down += [nn.Conv2d(n_in, n_out, 4, stride=2, padding=1), nn.SiLU()]
-        for n_in, n_out in zip(widths[::-1], widths[-2::-1] + [3]):
+        for n_in, n_out in pairwise([*widths[::-1], 3]):
             up += [nn.SiLU(), nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1)]
-        self.encoder = nn.Sequential(*down, nn.Conv2d(wide, wide, 3, padding=1), nn.SiLU(),
-                                     nn.Conv2d(wide, 2 * channels, 1))
-        self.decoder = nn.Sequential(nn.Conv2d(channels, wide, 3, padding=1), nn.SiLU(),
-                                     nn.Conv2d(wide, wide, 3, padding=1), *up)
-        # The statistics of the latents, so that diffusion sees every channel with mean 0 and variance 1.
-        self.register_buffer("mean", torch.zeros(channels, 1, 1))
-        self.register_buffer("std", torch.ones(channels, 1, 1))
+        self.encoder = nn.Sequential(
+            *down,
+            nn.Conv2d(wide, wide, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(wide, 2 * latent_channels, 1),  # mean and log variance of the posterior
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(latent_channels, wide, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(wide, wide, 3, padding=1),
+            *up,
+        )
+        # Statistics of the latents, so that diffusion sees them with mean 0 and variance 1.
+        self.register_buffer("mean", torch.zeros(latent_channels, 1, 1))
+        self.register_buffer("std", torch.ones(latent_channels, 1, 1))
 
-    def posterior(self, pictures):
-        """uint8 (B, H, W, 3) -> the pictures in [-1, 1], and mean and log variance of their latents (B, C, h, w)."""
-        x = pictures.to(self.mean.device).movedim(-1, 1) / 127.5 - 1
-        return x, *self.encoder(x).chunk(2, dim=1)
+    def to_input(self, pictures):
+        """uint8 (M, H, W, 3) -> float (M, 3, H, W) in [-1, 1], on the device of the VAE."""
+        return pictures.to(self.mean.device).permute(0, 3, 1, 2) / 127.5 - 1
+
+    def to_pictures(self, x):
+        """The inverse of to_input."""
+        return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
     def loss(self, pictures):
-        """Squared error plus the KL divergence from N(0, 1), both a mean over their elements."""
-        x, mean, log_var = self.posterior(pictures)
-        z = mean + torch.randn_like(mean) * (log_var / 2).exp()
+        """Squared error of the reconstruction + kl * KL(posterior, N(0, 1)), both as means."""
+        x = self.to_input(pictures)
+        mean, log_var = self.encoder(x).chunk(2, dim=1)
+        z = mean + (log_var / 2).exp() * torch.randn_like(mean)
         kl = (mean**2 + log_var.exp() - 1 - log_var).mean() / 2
         return F.mse_loss(self.decoder(z), x) + self.kl * kl
 
     @torch.no_grad()
     def calibrate(self, pictures):
-        _, mean, _ = self.posterior(pictures)
-        self.mean.copy_(mean.mean((0, 2, 3)).view(-1, 1, 1))
-        self.std.copy_(mean.std((0, 2, 3)).view(-1, 1, 1))
+        """Measure the statistics of the latents, once, after training."""
+        mean, _ = self.encoder(self.to_input(pictures)).chunk(2, dim=1)
+        self.mean.copy_(mean.mean((0, 2, 3))[:, None, None])
+        self.std.copy_(mean.std((0, 2, 3))[:, None, None])
 
     @torch.no_grad()
     def encode(self, pictures):
-        """uint8 (B, H, W, 3) -> latents (B, C, h, w): the posterior's mean, scaled to unit variance."""
-        return torch.cat([(self.posterior(some)[1] - self.mean) / self.std for some in pictures.split(512)])
+        """uint8 (M, H, W, 3) -> latents (M, C, h, w): the mean of the posterior, normalised."""
+        encoded = [self.encoder(self.to_input(part)) for part in pictures.split(512)]
+        mean, _ = torch.cat(encoded).chunk(2, dim=1)
+        return (mean - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, latents):
-        """Latents (B, C, h, w) -> uint8 pictures (B, H, W, 3)."""
-        x = self.decoder(latents * self.std + self.mean).clamp(-1, 1)
-        return ((x + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)
+        """Latents (M, C, h, w) -> uint8 (M, H, W, 3)."""
+        return self.to_pictures(self.decoder(latents * self.std + self.mean))
 
-def make_batch(documents, vae, tokenizer, cfg, end=True):
-    """Documents, lists of str and uint8 (H, W, 3) pictures, as tokens, image_id and latents: the data contract."""
-    tokens, image_id = pack(documents, tokenizer, cfg.n_patches, end=end)
-    pictures = [[torch.as_tensor(part) for part in document if not isinstance(part, str)] for document in documents]
-    counts = torch.tensor([len(row) for row in pictures])
-    filled = torch.arange(counts.max()) < counts[:, None]                      # (B, K)
-    latents = vae.mean.new_zeros(*filled.shape, *cfg.latent_shape)
-    if filled.any():
-        everything = torch.stack([picture for row in pictures for picture in row])
-        latents[filled.to(latents.device)] = vae.encode(everything)
-    return tokens.to(latents.device), image_id.to(latents.device), latents
+def encode_pictures(documents, vae):
+    """Documents of str and pictures, uint8 (H, W, 3) -> documents of str and latents (or codes)."""
+    pictures = [torch.as_tensor(part) for document in documents for part in unconditional(document)]
+    images = iter(vae.encode(torch.stack(pictures)) if pictures else [])
+    return [
+        [part if isinstance(part, str) else next(images) for part in document]
+        for document in documents
+    ]
 
-# ---- Chameleon: the baseline, with discrete images -------------------------------------------------------------------
+# ---- Chameleon: the baseline, with discrete images -----------------------------------------------
 
 def quantise(z, levels):
-    """Finite scalar quantisation (Mentzer et al., 2023): every number takes the nearest of `levels` values around 0.
+    """Finite scalar quantisation (arXiv 2309.15505): round to one of `levels` values around 0.
 
-    DEVIATION: the paper's quantiser takes the nearest of 16,384 learned vectors, with a codebook loss (beta 0.25). Here
-    the codes are a fixed grid: no codebook to train or to collapse, and a code's number follows from its vector.
+    DEVIATION: the paper's quantiser takes the nearest of 16,384 learned vectors, with a codebook
+    loss. Here the vectors lie on a fixed grid: no codebook must be trained, and none can collapse.
     """
-    z, middle = z.tanh() * (levels - 1) / 2, (levels - 1) / 2
-    return z + ((z + middle).round() - middle - z).detach()                    # the gradient sees no rounding
-
-def codes_of(latents, levels):
-    """Quantised (B, K, C, H, W) -> codes (B, K, H * W), numbers with C digits to the base `levels`."""
-    digits = (latents + (levels - 1) / 2).round().long().flatten(-2).mT        # (B, K, N, C)
-    return (digits * levels ** torch.arange(digits.shape[-1], device=digits.device)).sum(-1)
-
-def latents_of(codes, levels, shape):
-    """The inverse of codes_of: (B, K, N) -> (B, K, C, H, W), with (C, H, W) = shape."""
-    digits = codes[..., None] // levels ** torch.arange(shape[0], device=codes.device) % levels
-    return (digits - (levels - 1) / 2).mT.unflatten(-1, shape[1:])
+    half = (levels - 1) / 2
+    z = z.tanh() * half
+    rounded = (z + half).round() - half
+    return z + (rounded - z).detach()  # the gradient passes as if nothing had been rounded
 
 class QuantisedVAE(VAE):
-    """The VAE with a quantised bottleneck: no noise, no KL loss."""
+    """The VAE with a quantised bottleneck, and no noise and no KL loss. It makes codes (N,)."""
 
     def __init__(self, cfg):
-        super().__init__(cfg)
-        # Unit variance, or nearly all numbers would round to the middle value at first, and never learn to leave it.
-        self.levels, self.spread = cfg.code_levels, nn.BatchNorm2d(cfg.code_dim, affine=False)
+        super().__init__(cfg.image_size, cfg.grid, cfg.code_dim, cfg.vae_dim, cfg.vae_kl)
+        self.levels, self.grid = cfg.code_levels, cfg.grid
+        # Normalise to variance 1. Otherwise nearly all entries round to the middle level for good.
+        self.normalise = nn.BatchNorm2d(cfg.code_dim, affine=False)
+        # The entries of a vector, as digits in base `levels`, make up the number of its code.
+        place_values = cfg.code_levels ** torch.arange(cfg.code_dim)[:, None, None]
+        self.register_buffer("place_values", place_values)  # (code_dim, 1, 1)
 
-    def posterior(self, pictures):
-        x, z, log_var = super().posterior(pictures)
-        return x, quantise(self.spread(z), self.levels), log_var
+    def quantised(self, pictures):
+        """uint8 (M, H, W, 3) -> (M, code_dim, grid, grid)."""
+        z, _ = self.encoder(self.to_input(pictures)).chunk(2, dim=1)
+        return quantise(self.normalise(z), self.levels)
 
     def loss(self, pictures):
-        x, z, _ = self.posterior(pictures)
-        return F.mse_loss(self.decoder(z), x)
+        return F.mse_loss(self.decoder(self.quantised(pictures)), self.to_input(pictures))
 
     def calibrate(self, pictures):
-        """Nothing to do: the grid has its scale."""
+        """There is nothing to measure: the grid has a fixed scale."""
 
-class Chameleon(Transfusion):
-    """The discrete baseline (arXiv 2405.09818). The same transformer, sequence and generation loop; what changes:
+    @torch.no_grad()
+    def encode(self, pictures):
+        """uint8 (M, H, W, 3) -> codes (M, N) int64."""
+        z = torch.cat([self.quantised(part) for part in pictures.split(512)])
+        digits = (z + (self.levels - 1) / 2).round().long()  # from 0 to levels - 1
+        return (digits * self.place_values).sum(1).flatten(1)
 
-    1. A patch is a code, and every code is one more token of the vocabulary. There is no t.
-    2. Attention is causal everywhere, and queries and keys are normalised.
-    3. One loss, that of the next token, be it text or image, with a z-loss that keeps the logits small.
-    4. To draw is to sample code after code, with guidance on the logits.
+    @torch.no_grad()
+    def decode(self, codes):
+        """Codes (M, N) -> uint8 (M, H, W, 3)."""
+        codes = codes.view(-1, 1, self.grid, self.grid)
+        digits = codes // self.place_values % self.levels  # (M, code_dim, grid, grid)
+        return self.to_pictures(self.decoder(digits - (self.levels - 1) / 2))
+
+class Chameleon(nn.Module):
+    """The discrete baseline (arXiv 2405.09818): the same trunk and documents, as a language model.
+
+    An image is N codes between BOI and EOI, and each code is a word of the vocabulary. So there is
+    only the loss of the next token, attention is causal, and to draw is to sample codes. There is
+    no diffusion, no t, and no patch encoder.
     """
 
-    def __init__(self, cfg, vocab_size):
-        super().__init__(replace(cfg, bidirectional=False, qk_norm=True), vocab_size + cfg.code_levels**cfg.code_dim)
-        self.vocab_size = vocab_size                                           # of the text; the codes come after it
-        del self.patch_encoder, self.patch_decoder                             # for the methods of these names
+    def __init__(self, cfg, tokenizer):
+        super().__init__()
+        self.cfg, self.tokenizer = cfg, tokenizer
+        vocab_size = len(tokenizer) + cfg.code_levels**cfg.code_dim  # text, then codes
+        self.token_embedding = nn.Embedding(vocab_size, cfg.dim)
+        # DEVIATION: for stability the paper's Chameleon has QK-norm, a z-loss, and norms after its
+        # layers. Ours has the first two, and its norms before the layers, as in Llama.
+        self.transformer = Transformer(replace(cfg, qk_norm=True))
+        self.lm_head = nn.Linear(cfg.dim, vocab_size, bias=False)
+        init_matrices(self, cfg.n_layers)
 
-    def patch_encoder(self, latents, t):
-        return self.token_embedding(self.vocab_size + codes_of(latents, self.cfg.code_levels)), None
+    def forward(self, tokens):
+        """(B, T) -> logits (B, T, V)."""
+        causal = attention_mask(torch.full_like(tokens, -1), bidirectional=False)
+        return self.lm_head(self.transformer(self.token_embedding(tokens), causal))
 
-    def patch_decoder(self, x, h_in):
-        """Nothing: the logits have said it."""
+    def pack(self, documents, end=True):
+        """Documents of str and codes (n,) -> tokens (B, T), padded on the right.
 
-    def loss(self, tokens, image_id, latents):
-        """(loss, that of the text, that of the images), where the loss is a mean over all tokens, words and codes."""
-        drop = rows_to_drop(tokens, self.cfg.drop_text)
-        tokens, image_id = without_text(tokens, image_id, drop)
-        logits, _ = self(tokens[:, :-1], image_id[:, :-1], latents)
-        codes = self.vocab_size + codes_of(latents, self.cfg.code_levels).flatten(1)
-        codes = F.pad(codes, (0, 1))                                           # so that there is one without images too
-        tokens = tokens.where(image_id < 0, codes.gather(1, nth_patch(image_id)))
-        error, is_text = token_losses(logits, tokens, image_id, self.cfg.text_between)
-        is_text, is_code = is_text & ~drop[:, None], image_id[:, 1:] >= 0
-        loss = mean_where(error + self.cfg.z_loss * logits.logsumexp(-1) ** 2, is_text | is_code)
-        return loss, mean_where(error, is_text), mean_where(error, is_code)
+        An image that is not finished, n < N, has no EOI yet.
+        """
+        rows = []
+        for document in documents:
+            tokens = [BOS]
+            for part in document:
+                if isinstance(part, str):
+                    tokens += self.tokenizer.encode(part)
+                else:
+                    tokens += [BOI] + (len(self.tokenizer) + part).tolist()
+                    tokens += [EOI] if len(part) == self.cfg.n_patches else []
+            tokens += [EOS] if end else []
+            rows.append(torch.tensor(tokens))
+        tokens = pad_sequence(rows, batch_first=True, padding_value=PAD)
+        return tokens.to(self.lm_head.weight.device)
 
-    def draw(self, look, logits, shape, steps, cfg_scale, sampler):
-        """Like Transfusion.draw, but code after code at temperature 1; `steps` and `sampler` are diffusion's."""
-        codes = torch.zeros(shape[0], 1, self.cfg.n_patches, dtype=torch.long, device=logits.device)
-        for n in range(self.cfg.n_patches):
-            probability = guide(logits, cfg_scale)[:, self.vocab_size:].softmax(-1)
-            codes[:, 0, n] = torch.multinomial(probability, 1)[:, 0]
-            latents = latents_of(codes, self.cfg.code_levels, self.cfg.latent_shape)
-            yield latents
-            if n + 1 < self.cfg.n_patches:  # codes still to come are not seen, and t = 0 means nothing here
-                logits = look(latents, logits.new_zeros(()))[0][:, n]
+    def loss(self, documents):
+        """The mean over text and codes, with the z-loss. Returns (loss, loss_text, loss_codes)."""
+        tokens = self.pack(documents)
+        logits = self(tokens)
+        losses = next_token_losses(logits, tokens)
+        is_code = tokens[:, 1:] >= len(self.tokenizer)
+        is_text = has_lm_loss(self.without_codes(tokens), self.cfg.instruction_loss)
+        z_loss = self.cfg.z_loss * logits[:, :-1].logsumexp(-1).square()
+        loss = mean_where(losses + z_loss, is_text | is_code)
+        return loss, mean_where(losses, is_text), mean_where(losses, is_code)
 
-def make_models(cfg, vocab_size):
-    """The transformer and the VAE that cfg.model names, untrained."""
-    kinds = {"transfusion": (Transfusion, VAE), "chameleon": (Chameleon, QuantisedVAE)}
-    return kinds[cfg.model][0](cfg, vocab_size), kinds[cfg.model][1](cfg)
+    def without_codes(self, tokens):
+        """The same tokens with PATCH for every code, as Transfusion has them."""
+        return torch.where(tokens < len(self.tokenizer), tokens, PATCH)
+
+    def logits(self, documents, end=True):
+        """Next-token logits (B, T, V) of documents, and their tokens (B, T): PATCH for codes."""
+        tokens = self.pack(documents, end)
+        return self(tokens), self.without_codes(tokens)
+
+    def draw(self, documents, steps, guidance_scale, eta):
+        """Append an image to each document, code by code. Yields at every code.
+
+        Guidance works on the logits. `steps` and `eta` belong to diffusion and have no effect here.
+        While it grows, an image has n < N codes; `QuantisedVAE.decode` needs all N.
+        """
+        device = self.lm_head.weight.device
+        for document in documents:
+            document.append(torch.zeros(0, dtype=torch.long, device=device))
+        for _ in range(self.cfg.n_patches):
+            logits = at_last_token(*self.logits(documents, end=False))
+            if guidance_scale != 1:
+                without_text = [unconditional(document) for document in documents]
+                logits_without = at_last_token(*self.logits(without_text, end=False))
+                logits = guide(logits, logits_without, guidance_scale)
+            codes = sample_tokens(logits[:, len(self.tokenizer) :], temperature=1.0)
+            for document, code in zip(documents, codes):
+                document[-1] = torch.cat([document[-1], code[None]])
+            yield
+
+# ---- Making and scoring models, presets ----------------------------------------------------------
+
+def make_models(cfg, tokenizer):
+    """The untrained model and VAE that cfg.model names."""
+    if cfg.model == "chameleon":
+        return Chameleon(cfg, tokenizer), QuantisedVAE(cfg)
+    vae = VAE(cfg.image_size, cfg.latent_size, cfg.latent_channels, cfg.vae_dim, cfg.vae_kl)
+    return Transfusion(cfg, tokenizer), vae
+
+@torch.no_grad()
+def log_likelihood(model, documents, next_token=EOS):
+    """Two tensors (B,): log P of each document, and the number of tokens in that sum.
+
+    These are the tokens with an LM loss: text, BOI, and at the end next_token, which is EOS, or BOI
+    to ask whether an image follows. Images are given clean and are not scored.
+    """
+    logits, tokens = model.logits(documents)
+    tokens = torch.where(tokens == EOS, next_token, tokens)  # changes the last target only
+    has_loss = has_lm_loss(tokens)
+    return -(next_token_losses(logits, tokens) * has_loss).sum(1), has_loss.sum(1)
+
+CHOICES = {
+    "model": ("transfusion", "chameleon"),
+    "target": ("eps", "v", "x0"),
+    "patch_encoder": ("linear", "unet"),
+}
+
+def check_config(cfg):
+    """Raise ValueError, with one sentence, if a Config cannot work."""
+    for name, choices in CHOICES.items():
+        value = getattr(cfg, name)
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if f.type is int and value < 1:
+            raise ValueError(f"{f.name} must be at least 1, not {value}")
+        if f.type is float and not 0 <= value < math.inf:
+            raise ValueError(f"{f.name} must be a number and at least 0, not {value}")
+    if cfg.t_power == 0:
+        raise ValueError("t_power must be more than 0")
+    if not 2 <= cfg.code_levels**cfg.code_dim <= 2**16:
+        raise ValueError("code_levels ** code_dim, the number of codes, must be from 2 to 65536")
+    if cfg.noise_cap > 1:
+        raise ValueError(f"noise_cap must be at most 1, not {cfg.noise_cap}")
+    if cfg.dim % (2 * cfg.n_heads):
+        raise ValueError(f"dim ({cfg.dim}) must be a multiple of 2 * n_heads ({cfg.n_heads})")
+    if cfg.patch_size not in (1, 2, 4, 8) or cfg.latent_size % cfg.patch_size:
+        raise ValueError(f"patch_size must be 1, 2, 4, 8 and divide {cfg.latent_size}, latent_size")
+    if cfg.image_size not in [cfg.latent_size * 2**n for n in range(1, 10)]:
+        raise ValueError(f"image_size must be latent_size ({cfg.latent_size}) * 2, 4, 8, ...")
+
+PAPER = {"qk_norm": False, "target": "eps", "t_power": 1.0, "patch_position": False}
+PAPER_VAE = {"image_size": 256, "latent_size": 32, "latent_channels": 8, "vae_dim": 128}
+PRESETS = {
+    "laptop": Config(),
+    "laptop-paper": Config(**PAPER),  # the paper's choices at the size of the laptop
+    "tiny": Config(dim=32, n_layers=2, n_heads=2, vae_dim=8),  # for tests
+    "0.16B": Config(**PAPER, **PAPER_VAE, dim=768, n_layers=16, n_heads=12),  # transformers of
+    "0.37B": Config(**PAPER, **PAPER_VAE, dim=1024, n_layers=24, n_heads=16),  # the paper's sizes
+    "0.76B": Config(**PAPER, **PAPER_VAE, dim=1536, n_layers=24, n_heads=24),
+    "1.4B": Config(**PAPER, **PAPER_VAE, dim=2048, n_layers=24, n_heads=16),
+    "7B": Config(**PAPER, **PAPER_VAE, dim=4096, n_layers=32, n_heads=32),
+}

@@ -1,8 +1,6 @@
-"""What a model is trained on: documents, each a list of parts in reading order, a str or a picture (32, 32, 3) uint8.
+"""What a model is trained on: documents of the toy world, and the examples that it is scored on.
 
-Three tasks. "shapes" has pairs of picture and caption, in either order, and some documents of text alone. "text" has
-the same documents with their pictures taken out. "edit" has picture, instruction and edited picture in three documents
-of five; the others are those of "shapes", so that drawing and telling are not unlearned.
+A document is a list of parts in reading order, each a str or a picture, uint8 (32, 32, 3).
 """
 
 import copy
@@ -10,61 +8,116 @@ import math
 import random
 
 from data import shapes
-from data.edits import edits
-from data.edits import WORDS as EDIT_WORDS
+from transfusion import unconditional
 
-WORDS = [*shapes.WORDS, *(word for word in EDIT_WORDS if word not in shapes.WORDS)]
-TEXT_ONLY, SINGLE = 0.1, 0.1  # shares: of all documents, of the pairs
+TEXT_ONLY = 0.1  # share of the documents that are text alone
+SINGLE = 0.2  # share of the captioned pictures that show a single thing
+SIMILAR = 0.25  # share that show things of one colour or one shape, which a model learns last to tell apart
+EDITS = 0.6  # share of the documents that are edits, in the task "edit"
+EDIT_KINDS = ("make", "make", "make", "move", "move", "swap")  # how often each kind of edit is trained on
 
-def documents(task, n, seed, caption_first=0.5):
-    """n training documents of a task; of the pairs of picture and caption, this share has the caption first."""
-    rng, result = random.Random(seed), []
-    for i in range(n):
-        if task == "edit" and i % 5 < 3:
-            kinds = "make", "make", "make", "move", "move", "swap"  # mixed so on validation
-            _, _, *document = an_edit("train", rng, kinds)
-        elif rng.random() < TEXT_ONLY:
-            document = [shapes.reasoning(shapes.pick(rng, shapes.SPLITS["train"]), flip=rng.random() < 0.5)]
+def is_similar(scene):
+    """Do all things have the same colour, or all the same shape?"""
+    return len({thing.colour for thing in scene.things}) == 1 or len({thing.shape for thing in scene.things}) == 1
+
+SIMILAR_TRAIN = [scene for scene in shapes.SPLITS["train"] if is_similar(scene)]
+
+def captioned_picture(rng, caption_first):
+    """[caption, picture] or [picture, caption]."""
+    choice = rng.random()
+    if choice < SINGLE:
+        scene = shapes.pick(rng, shapes.SINGLES)
+    elif choice < SINGLE + SIMILAR:
+        scene = shapes.pick(rng, SIMILAR_TRAIN)
+    else:
+        scene = shapes.pick(rng, shapes.SPLITS["train"])
+    pair = [shapes.describe(scene, flip=rng.random() < 0.5), shapes.render(scene, rng)]
+    return pair if rng.random() < caption_first else pair[::-1]
+
+def text_alone(rng):
+    """["a red circle is above a blue square. so a blue square is below a red circle."]"""
+    return [shapes.argument(shapes.pick(rng, shapes.SPLITS["train"]), flip=rng.random() < 0.5)]
+
+def shapes_document(rng, caption_first):
+    """A document of the task "shapes"."""
+    return text_alone(rng) if rng.random() < TEXT_ONLY else captioned_picture(rng, caption_first)
+
+def text_document(rng, caption_first):
+    """A document of the task "text": one of "shapes" without its picture."""
+    return [part for part in shapes_document(rng, caption_first) if isinstance(part, str)]
+
+def edit_document(rng, caption_first):
+    """A document of the task "edit": [picture, instruction, edited picture], or one of "shapes"."""
+    if rng.random() < EDITS:
+        _, _, *document = edit_example(rng, "train", EDIT_KINDS)
+        return document
+    return shapes_document(rng, caption_first)
+
+def make_documents(make_document, n, seed, caption_first=0.5, unconditional_share=0.1):
+    """n training documents, by one of the functions above.
+
+    Of those with text before a picture, a share is in the unconditional form. NOT STATED: how large it is.
+    """
+    rng = random.Random(seed)
+    documents = []
+    for _ in range(n):
+        document = make_document(rng, caption_first)
+        drop_text = rng.random() < unconditional_share
+        if drop_text and text_before_picture(document):
+            document = unconditional(document)
+        documents.append(document)
+    return documents
+
+def text_before_picture(document):
+    kinds = [isinstance(part, str) for part in document]
+    return any(first and not second for first, second in zip(kinds, kinds[1:]))
+
+def entropy(kind, scenes, task, caption_first, unconditional_share):
+    """-log P of the documents of these scenes under the grammar, in nats: the floor of a model's loss on them.
+
+    "text" is a document of text alone. "caption" is a caption that comes first, up to the token after it. The grammar
+    chooses the kind of document, the arrangement, and the end from which it is told; the words then follow. It may
+    choose any arrangement, held out or not: this is the cost for a model that knows the grammar and remembers nothing.
+    """
+    n_arrangements = len(shapes.ARRANGEMENTS)
+    n_similar = sum(map(is_similar, shapes.ARRANGEMENTS))
+    total = 0.0
+    for scene in scenes:
+        if kind == "text":
+            probability = TEXT_ONLY / n_arrangements
         else:
-            scene = shapes.pick(rng, shapes.SINGLES if rng.random() < SINGLE else shapes.SPLITS["train"])
-            pair = [shapes.describe(scene, flip=rng.random() < 0.5), shapes.render(scene, rng)]
-            document = pair if rng.random() < caption_first else pair[::-1]
-        result.append([part for part in document if isinstance(part, str)] if task == "text" else document)
-    return result
+            probability = (1 - SINGLE - SIMILAR) / n_arrangements
+            if is_similar(scene):
+                probability += SIMILAR / n_similar
+            probability *= 1 - TEXT_ONLY
+            if task != "text":  # with pictures, a caption may come last or be left out
+                probability *= caption_first * (1 - unconditional_share)
+        if task == "edit":
+            probability *= 1 - EDITS
+        total -= math.log(probability / 2)  # told from one of two ends
+    return total
 
 def examples(split, n, seed):
-    """n examples of a split, each as (Scene, caption from either side, picture). A fact may come twice, drawn anew."""
-    rng, result = random.Random(seed), []
+    """n examples of a split: (Scene, caption, picture). An arrangement may come twice, drawn anew."""
+    rng = random.Random(seed)
+    result = []
     for _ in range(n):
         scene = shapes.pick(rng, shapes.SPLITS[split])
         result.append((scene, shapes.describe(scene, rng.random() < 0.5), shapes.render(scene, rng)))
     return result
 
-def an_edit(split, rng, kinds=("make", "move", "swap")):
-    """(before, after, picture, instruction, edited picture), both Scenes of this split, each kind as often as named."""
+def edit_example(rng, split, kinds=("make", "move", "swap")):
+    """(Scene before, Scene after, picture, instruction, edited picture), both scenes from this split."""
     kind = shapes.pick(rng, kinds)
     while True:
         before = shapes.pick(rng, shapes.SPLITS[split])
-        found = [edit for edit in edits(before)[kind].items() if shapes.split(edit[1]) == split]
-        if found:
-            instruction, after = shapes.pick(rng, found)
-            jitter = copy.copy(rng)  # the same for both pictures: every thing keeps its own
-            edited = shapes.render(after, jitter, second_first=after.first == before.second)
+        possible = [edit for edit in shapes.edits(before)[kind].items() if shapes.split(edit[1]) == split]
+        if possible:
+            instruction, after = shapes.pick(rng, possible)
+            edited = shapes.render(after, copy.copy(rng))  # the same random positions as in the picture before
             return before, after, shapes.render(before, rng), instruction, edited
 
 def edit_examples(split, n, seed):
-    """n times (before, after, picture, instruction, edited picture). In "test" neither scene was ever trained on."""
+    """n edits of a split, each kind as often."""
     rng = random.Random(seed)
-    return [an_edit(split, rng) for _ in range(n)]
-
-def entropy(kind, task, caption_first):
-    """Exact nats per document of the grammar, whose only choices are the kind of document and the fact it tells.
-
-    "caption": up to what follows the caption of two things (BOI; in task "text" EOS); "text": a whole text-only
-    document. All facts count, those held out too: it is the cost of a held-out document to a model that has the
-    grammar and no memory.
-    """
-    share = {"caption": (1 - TEXT_ONLY) * (1 - SINGLE), "text": TEXT_ONLY}[kind] * (0.4 if task == "edit" else 1)
-    if kind == "caption" and task != "text":
-        share *= caption_first
-    return -math.log(share) + math.log(2 * len(shapes.FACTS))
+    return [edit_example(rng, split) for _ in range(n)]

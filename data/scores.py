@@ -1,11 +1,16 @@
-"""The scores of anything that writes and draws: accuracies, perplexities, Frechet distance, each with its floor.
+"""How text, captions, drawings and edits are scored, each beside its floor, ceiling or chance.
 
-What is scored has four methods, in terms of sentences and uint8 (N, 32, 32, 3) pictures:
+What is scored is anything that writes and draws. It has five methods, in terms of sentences and pictures, uint8
+(N, 32, 32, 3):
 
-    draw(prompts, cfg_scale)        documents that end before a picture -> pictures
-    say(pictures)                   -> captions
-    log_likelihood(texts, drawn)    -> log P and number of tokens of each text, BOI (if drawn) or EOS behind it included
-    reconstruct(pictures)           -> what the image tokenizer leaves of them, and its codes (None if it has none)
+    log_likelihood(texts, draws)      log P and number of tokens of each text, and of what follows it: BOI if `draws`
+                                      is true, else EOS
+    caption(pictures)                 a caption for each picture
+    draw(prompts, guidance_scale)     the next picture of each document
+    reconstruct(pictures)             the pictures after the VAE's encoder and decoder
+    codes(pictures)                   the codes of a discrete tokenizer, or None
+
+Every scoring function returns {score: (value, what to compare it with)}.
 """
 
 import math
@@ -14,68 +19,98 @@ import random
 import numpy as np
 
 from data import shapes
-from data.documents import edit_examples, entropy, examples
-
-def evaluate(model, run, split="test"):
-    """Score a model on run.eval_n held-out examples. Returns {score: (value, what to compare it with)} and, of what was
-    drawn at run.cfg_scale, pictures (N, 32, 32 or 64, 3), what was asked for, and which are right. A model of text
-    alone draws nothing: None.
-    """
-    n, seed = run.eval_n, run.seed + 1
-    scenes, captions, pictures = zip(*examples(split, n, seed))
-    true, rng, table = np.stack(pictures), random.Random(seed), {}
-    flips = [rng.random() < 0.5 for _ in scenes]
-    for kind, texts in (("text", list(map(shapes.reasoning, scenes, flips))), ("caption", captions)):
-        log_p, count = map(sum, model.log_likelihood(texts, drawn=kind == "caption" and run.task != "text"))
-        floor = math.exp(entropy(kind, run.task, run.caption_first) * n / count)
-        table[f"{kind}_ppl"] = math.exp(-log_p / count), f"floor {floor:.4f}: the grammar's own"
-    conclusions = [[shapes.reasoning(*fact, relation) for fact in zip(scenes, flips)] for relation in shapes.INVERSE]
-    ranks = np.argmax([model.log_likelihood(texts, drawn=False)[0] for texts in conclusions], axis=0)
-    answers = list(map(shapes.answer, scenes, flips))
-    table["text_acc"] = accuracy([list(shapes.INVERSE)[i] for i in ranks], answers), "chance 0.25"
-    if run.task == "text":
-        return table, None
-
-    table["caption_acc"] = accuracy(map(shapes.parse, model.say(true)), scenes), "ceiling 1"
-    other = np.stack([shapes.render(scene, rng) for scene in scenes])
-    again, codes = model.reconstruct(true)
-    ceiling = "ceiling {:.4f}: VAE, {:.4f}: true pictures".format(
-        *(accuracy(map(shapes.read, x), scenes) for x in (again, true)))
-    floor = f"floor {frechet(other, true):.4f}: true against true, {frechet(again, true):.4f}: VAE"
-    for scale in sorted({1.0, 2.0, 4.0, run.cfg_scale}):
-        drawn = model.draw([[caption] for caption in captions], scale)
-        right = [a == b for a, b in zip(map(shapes.read, drawn), scenes)]
-        table[f"draw_acc cfg {scale:g}"] = sum(right) / n, ceiling
-        table[f"frechet cfg {scale:g}"] = frechet(drawn, true), floor
-        if scale == run.cfg_scale:
-            shown = drawn, captions, right
-    if codes is not None:
-        share = np.unique(codes, return_counts=True)[1] / codes.size
-        table["code_ppl"] = float(np.exp(-(share * np.log(share)).sum())), f"{len(share)} codes used: ceiling"
-
-    if run.task == "edit":
-        _, afters, befores, instructions, edited = zip(*edit_examples(split, n, seed))
-        drawn = model.draw(list(map(list, zip(befores, instructions))), run.cfg_scale)
-        right = [a == b for a, b in zip(map(shapes.read, drawn), afters)]
-        best = accuracy(map(shapes.read, model.reconstruct(np.stack(edited))[0]), afters)
-        table[f"edit_acc cfg {run.cfg_scale:g}"] = sum(right) / n, f"ceiling {best:.4f}: VAE; floor 0: nothing changed"
-        shown = np.concatenate([np.stack(befores), drawn], axis=2), instructions, right
-    return table, shown
 
 def accuracy(found, wanted):
+    """The share of equal pairs."""
     return sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
 
-def frechet(a, b):
-    """Frechet distance between two sets of pictures, uint8 (N, 32, 32, 3).
+def score_perplexity(model, name, texts, draws, entropy):
+    """Perplexity per token, beside the grammar's own, from its `entropy` of all the texts in nats."""
+    log_p, n_tokens = map(sum, model.log_likelihood(texts, draws))
+    floor = math.exp(entropy / n_tokens)
+    perplexity = math.exp(min(-log_p / n_tokens, 100))  # a model that diverged would overflow
+    return {name: (perplexity, f"floor {floor:.4f}: the grammar's own")}
 
-    The feature space is the 8 x 8 RGB thumbnail, 192 numbers in [0, 1]: |mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B))
-    with A and B the covariances. It sees colour and place, and of the shape little more than how much ink it has.
+def score_conclusions(model, scenes, flips):
+    """How often is the correct conclusion the likeliest of the four relations?"""
+    relations = list(shapes.OPPOSITE)
+    log_p = []
+    for relation in relations:
+        texts = [shapes.argument(scene, flip, relation) for scene, flip in zip(scenes, flips)]
+        log_p.append(model.log_likelihood(texts, draws=False)[0])
+    chosen = [relations[i] for i in np.argmax(log_p, axis=0)]
+    return {"text_acc": (accuracy(chosen, map_all(shapes.conclusion, scenes, flips)), "chance 0.25")}
+
+def score_captions(model, scenes, pictures):
+    """How often does the caption of a picture describe its scene?"""
+    captions = model.caption(pictures)
+    return {"caption_acc": (accuracy(map_all(shapes.parse, captions), scenes), "ceiling 1, floor 0")}
+
+def score_vae(model, scenes, pictures):
+    """What does the VAE lose? Its accuracy is the ceiling of a drawing's."""
+    again = model.reconstruct(pictures)
+    blank = np.full_like(pictures, shapes.BACKGROUND)
+    scores = {
+        "vae_psnr": (psnr(again, pictures), f"dB; floor {psnr(blank, pictures):.1f}: a blank picture"),
+        "vae_acc": (accuracy(map_all(shapes.read, again), scenes), "ceiling 1"),
+    }
+    codes = model.codes(pictures)
+    if codes is not None:
+        share = np.unique(codes, return_counts=True)[1] / codes.size
+        perplexity = float(np.exp(-(share * np.log(share)).sum()))
+        scores["code_ppl"] = perplexity, f"ceiling {len(share)}: the number of codes in use"
+    return scores
+
+def score_drawings(model, scenes, captions, pictures, guidance_scale, seed):
+    """How often does a drawing show the scene of its caption? Also returns the drawings, and which are correct.
+
+    Their Frechet distance is to the true pictures of the same scenes.
     """
-    def statistics(pictures):
-        thumbnails = pictures.reshape(len(pictures), 8, 4, 8, 4, 3).mean((2, 4)).reshape(len(pictures), -1) / 255
-        return thumbnails.mean(0), np.cov(thumbnails, rowvar=False)
-    (mean_a, cov_a), (mean_b, cov_b) = statistics(a), statistics(b)
+    drawn = model.draw([[caption] for caption in captions], guidance_scale)
+    correct = [shapes.read(picture) == scene for picture, scene in zip(drawn, scenes)]
+    rng = random.Random(seed)
+    others = np.stack([shapes.render(scene, rng) for scene in scenes])
+    again = model.reconstruct(pictures)
+    ceiling = accuracy(map_all(shapes.read, again), scenes)
+    return {
+        "draw_acc": (sum(correct) / len(correct), f"ceiling {ceiling:.4f}: VAE; floor 0"),
+        "frechet": (
+            frechet(drawn, pictures),
+            f"floor {frechet(others, pictures):.4f}: true pictures, {frechet(again, pictures):.4f}: VAE",
+        ),
+    }, drawn, correct
+
+def score_edits(model, edits, guidance_scale):
+    """How often does an edited picture show the scene that the instruction asks for? Returns the same as above."""
+    _, after, pictures, instructions, edited = zip(*edits)
+    drawn = model.draw([list(prompt) for prompt in zip(pictures, instructions)], guidance_scale)
+    correct = [shapes.read(picture) == scene for picture, scene in zip(drawn, after)]
+    ceiling = accuracy(map_all(shapes.read, model.reconstruct(np.stack(edited))), after)
+    value = sum(correct) / len(correct), f"ceiling {ceiling:.4f}: VAE; floor 0: the picture unchanged"
+    return {"edit_acc": value}, drawn, correct
+
+def map_all(function, *lists):
+    return list(map(function, *lists))
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of uint8 pictures in dB, from the mean square error over all of them."""
+    error = np.square(a.astype(np.float32) - b.astype(np.float32)).mean()
+    return float(10 * np.log10(255**2 / max(error, 1e-10)))
+
+def frechet(a, b):
+    """Frechet distance between two sets of pictures, uint8 (N, 32, 32, 3): small if they are alike as sets.
+
+    |mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)), with the means and covariances A and B of 8 x 8 RGB thumbnails, 192
+    numbers in [0, 1]. It sees colours and positions, but of a shape little more than its area.
+    """
+    mean_a, cov_a = thumbnail_statistics(a)
+    mean_b, cov_b = thumbnail_statistics(b)
     values, vectors = np.linalg.eigh(cov_a)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T  # symmetric, so that tr sqrt(A B) = tr sqrt(root B root)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T  # sqrt(A); and tr sqrt(A B) = tr sqrt(root B root)
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
     return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+def thumbnail_statistics(pictures):
+    """Mean (192,) and covariance (192, 192) of the pictures' 8 x 8 thumbnails."""
+    thumbnails = pictures.reshape(len(pictures), 8, 4, 8, 4, 3).mean((2, 4)).reshape(len(pictures), -1) / 255
+    return thumbnails.mean(0), np.cov(thumbnails, rowvar=False)

@@ -1,29 +1,28 @@
-"""A toy world that can be checked exactly: one or two coloured shapes on a 32 x 32 picture.
+"""The toy world: pictures of one or two coloured shapes, which can be scored exactly.
 
-    scene --render--> image      scene --describe--> caption
-    scene <--read---- image      scene <--parse----- caption
+    scene --render--> picture     scene --describe--> caption     scene, instruction --edit--> scene
+    scene <--read---- picture     scene <--parse----- caption
 
-So both directions of a model are scored without a judge: a drawing is right when what is read off it is the scene that
-its caption tells. Nothing is downloaded, and a seed gives the same data on every machine.
+Each arrow has an inverse, so no judge model is needed. A drawing is correct when the scene that `read` finds in its
+pixels is the scene that its caption describes. Nothing is downloaded, and a seed gives the same data on every machine.
 """
 
 import zlib
-from itertools import product
+from itertools import permutations, product
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-IMAGE_SIZE = 32
+IMAGE_SIZE = 32  # pixels per side
 BACKGROUND = (245, 245, 245)
 COLOURS = {
     "red": (225, 45, 45), "yellow": (245, 205, 40), "green": (45, 165, 75), "cyan": (60, 200, 220),
     "blue": (45, 80, 225), "purple": (150, 60, 190), "black": (35, 35, 35),
 }
-EDGE = 12  # pixels of a shape from edge to edge
-INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+EDGE = 12  # pixels per side of a shape
 
-# A shape is a drawing in the unit square: a list of (Pillow method, coordinates, 1 to add or 0 to cut out).
+# A shape is drawn in the unit square: a list of (Pillow method, coordinates, 1 to add or 0 to cut out).
 SHAPES = {
     "circle": [("ellipse", (0, 0, 1, 1), 1)],
     "square": [("rectangle", (0, 0, 1, 1), 1)],
@@ -31,123 +30,171 @@ SHAPES = {
     "cross": [("rectangle", (0.32, 0, 0.68, 1), 1), ("rectangle", (0, 0.32, 1, 0.68), 1)],
     "ring": [("ellipse", (0, 0, 1, 1), 1), ("ellipse", (0.27, 0.27, 0.73, 0.73), 0)],
 }
+OPPOSITE = {"left of": "right of", "above": "below", "right of": "left of", "below": "above"}
+RELATIONS = ["left of", "above"]  # of a Scene; a caption may tell it from the other end, with the opposite relation
 
 class Thing(NamedTuple):
     colour: str
     shape: str
 
 class Scene(NamedTuple):
-    """One thing (relation and second are None), or two. "B below A" is stored as "A above B": one fact, one Scene."""
-    first: Thing
-    relation: str | None = None  # "left of" or "above"
-    second: Thing | None = None
+    """Things in a row. The relation holds between each thing and the next; a single thing has None.
 
-THINGS = [Thing(*words) for words in product(COLOURS, SHAPES)]
-SINGLES = [Scene(thing) for thing in THINGS]
-FACTS = [Scene(a, relation, b) for relation in ("left of", "above") for a, b in product(THINGS, THINGS) if a != b]
+    "B below A" is stored as "A above B", so that one arrangement is one Scene.
+    """
+    things: tuple[Thing, ...]
+    relation: str | None = None
 
-# ---- scene <-> caption -----------------------------------------------------------------------------------------------
+THINGS = [Thing(colour, shape) for colour, shape in product(COLOURS, SHAPES)]
+SINGLES = [Scene((thing,)) for thing in THINGS]
+ARRANGEMENTS = [Scene(things, relation) for relation in RELATIONS for things in permutations(THINGS, 2)]
+MOST_THINGS = max(len(scene.things) for scene in ARRANGEMENTS)
 
-def describe(scene, flip=False, verb=""):
-    """"a red circle above a blue square.", or from the other side ("... below ...") with flip."""
-    first, relation, second = scene
-    if second is None:
-        return f"a {' '.join(first)}."
-    if flip:
-        first, relation, second = second, INVERSE[relation], first
-    return f"a {' '.join(first)} {verb}{relation} a {' '.join(second)}."
+# ---- Scene and caption -----------------------------------------------------------------------------------------------
 
-CAPTIONS = {describe(scene, flip): scene for scene in SINGLES + FACTS for flip in (False, True)}
+def name(thing):
+    return f"{thing.colour} {thing.shape}"
+
+def describe(scene, flip=False):
+    """"a red circle above a blue square.", or with flip "a blue square below a red circle."."""
+    things, relation = scene
+    if flip and relation:
+        things, relation = things[::-1], OPPOSITE[relation]
+    return f" {relation} ".join(f"a {name(thing)}" for thing in things) + "."
+
+CAPTIONS = {describe(scene, flip): scene for scene in SINGLES + ARRANGEMENTS for flip in (False, True)}
 
 def parse(caption):
-    """The Scene that a caption tells, whichever side it tells it from; None if it is not a caption of this world."""
+    """The Scene that a caption describes, from either end; None if it is not a caption of this world."""
     return CAPTIONS.get(" ".join(caption.split()))
 
-def reasoning(scene, flip=False, conclusion=None):
-    """A text-only document: a sentence, and what follows from it (or another, wrong, conclusion)."""
-    first, second = (scene.first, scene.second) if flip else (scene.second, scene.first)
-    follows = f"so a {' '.join(first)} is {conclusion or answer(scene, flip)} a {' '.join(second)}."
-    return f"{describe(scene, flip, verb='is ')} {follows}"
+def argument(scene, flip=False, conclusion=None):
+    """A document of text alone: the scene described from one end, then from the other.
 
-def answer(scene, flip=False):
-    """The relation that follows in `reasoning`."""
-    return scene.relation if flip else INVERSE[scene.relation]
+    "a red circle is above a blue square. so a blue square is below a red circle." `conclusion` is a relation to put
+    in the place of the correct one.
+    """
+    relation, opposite = scene.relation, OPPOSITE[scene.relation]
+    if flip:
+        relation, opposite = opposite, relation
+    premise = describe(scene, flip).replace(f" {relation} ", f" is {relation} ")
+    follows = describe(scene, not flip).replace(f" {opposite} ", f" is {conclusion or opposite} ")
+    return f"{premise} so {follows}"
 
-WORDS = sorted(set(" ".join(map(reasoning, FACTS)).replace(".", "").split())) + ["."]
+def conclusion(scene, flip=False):
+    """The correct relation in the second half of `argument`."""
+    return scene.relation if flip else OPPOSITE[scene.relation]
 
-# ---- scene <-> image -------------------------------------------------------------------------------------------------
+# ---- Scene and picture -----------------------------------------------------------------------------------------------
 
 def sprite(shape, zoom=16):
-    """A shape's coverage of EDGE x EDGE pixels: drawn large, then averaged down. A uint8 Pillow image."""
-    canvas = Image.new("L", (EDGE * zoom, EDGE * zoom))
+    """The coverage of a shape's EDGE x EDGE pixels, drawn large and averaged down: a Pillow image, 0 to 255."""
+    large = Image.new("L", (EDGE * zoom, EDGE * zoom))
     for method, coordinates, ink in SHAPES[shape]:
-        corners = [round(x * (canvas.width - 1)) for x in coordinates]
-        getattr(ImageDraw.Draw(canvas), method)(corners, fill=255 * ink)
-    return canvas.reduce(zoom)
+        corners = [round(x * (large.width - 1)) for x in coordinates]
+        getattr(ImageDraw.Draw(large), method)(corners, fill=255 * ink)
+    return large.reduce(zoom)
 
 SPRITES = {shape: sprite(shape) for shape in SHAPES}
 
-def render(scene, rng, second_first=False):
-    """Draw a Scene with rng (random.Random) jittering the places. Returns uint8 (32, 32, 3).
-
-    The first thing takes its jitter from rng first, or the second one.
-    """
-    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUND)
-    things = [scene.first] if scene.second is None else [scene.first, scene.second]
-    for i, thing in sorted(enumerate(things), reverse=second_first):
-        along, across = 16 + jitter(rng, 4), 16 + jitter(rng, 4)
-        if len(things) == 2:  # the first thing of a pair is always the left or the upper one
-            along = 8 + 16 * i + jitter(rng, 1)
+def render(scene, rng):
+    """Draw a Scene, its things moved by a few random pixels. Returns uint8 (32, 32, 3). rng is a random.Random."""
+    picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUND)
+    cell = IMAGE_SIZE // len(scene.things)  # the room for each thing along the row
+    for i, thing in enumerate(scene.things):
+        along = cell * i + cell // 2 + jitter(rng, min(4, (cell - EDGE) // 4))
+        across = IMAGE_SIZE // 2 + jitter(rng, 4)
         x, y = (across, along) if scene.relation == "above" else (along, across)
-        image.paste(COLOURS[thing.colour], (x - EDGE // 2, y - EDGE // 2), SPRITES[thing.shape])
-    return np.array(image)
+        picture.paste(COLOURS[thing.colour], (x - EDGE // 2, y - EDGE // 2), SPRITES[thing.shape])
+    return np.array(picture)
 
-def jitter(rng, most):  # random() is the one method whose stream Python promises to keep
+def jitter(rng, most):
+    """A random integer from -most to most. Python keeps the stream of random() the same in all versions."""
     return int(rng.random() * (2 * most + 1)) - most
 
-def read(image, tolerance=0.15):
-    """The Scene in a uint8 (32, 32, 3) picture, or None when it is not a scene.
+def read(picture, tolerance=0.15):
+    """The Scene in a uint8 (32, 32, 3) picture, or None if it is not a scene.
 
-    Matching pursuit: find the thing and the place that explain most of the picture, take it away, and do so once more.
-    It is a scene if less than `tolerance` of the picture's energy, its squared distance from the background, remains.
+    Matching pursuit: find the thing and the position that explain most of the picture, subtract it, and repeat. The
+    picture is a scene if less than `tolerance` of its energy (squared distance from the background) is left over.
     """
-    rest = np.asarray(image, np.float32) - np.float32(BACKGROUND)
+    rest = np.asarray(picture, np.float32) - np.float32(BACKGROUND)
     energy, found = (rest**2).sum(), []
-    for _ in range(2):
+    for _ in range(MOST_THINGS):
         gain, thing, x, y = best_match(rest)
         if gain > 0.05 * energy:
-            found.append((thing, x, y))
+            found.append((x, y, thing))
             rest[y : y + EDGE, x : x + EDGE] -= MASKS[thing.shape][..., None] * INKS[thing.colour]
     if not found or (rest**2).sum() > tolerance * energy:
         return None
     if len(found) == 1:
-        return Scene(found[0][0])
-    across = abs(found[0][1] - found[1][1]) >= abs(found[0][2] - found[1][2])
-    (first, *_), (second, *_) = sorted(found, key=lambda match: match[1 if across else 2])
-    return Scene(first, "left of" if across else "above", second) if first != second else None
+        return Scene((found[0][2],))
+    width, height = (max(positions) - min(positions) for positions in list(zip(*found))[:2])
+    relation, axis = ("left of", 0) if width >= height else ("above", 1)
+    scene = Scene(tuple(thing for *_, thing in sorted(found, key=lambda match: match[axis])), relation)
+    return scene if describe(scene) in CAPTIONS else None
 
 MASKS = {shape: np.float32(SPRITES[shape]) / 255 for shape in SHAPES}
 INKS = {colour: np.float32(COLOURS[colour]) - np.float32(BACKGROUND) for colour in COLOURS}
 
 def best_match(rest):
-    """(squared error it removes, Thing, x, y) of the best thing: |r|^2 - |r - m ink|^2 = 2 m.r.ink - |m|^2 |ink|^2."""
-    masks, inks = np.stack([m.ravel() for m in MASKS.values()]), np.stack(list(INKS.values()))
-    windows = np.lib.stride_tricks.sliding_window_view(rest, (EDGE, EDGE), axis=(0, 1))  # (rows, columns, 3, ...)
-    overlap = windows.reshape(-1, EDGE * EDGE) @ masks.T                                 # (places * 3, shapes)
-    overlap = overlap.reshape(-1, 3, len(masks)).transpose(0, 2, 1) @ inks.T             # (places, shapes, colours)
+    """The single thing that explains most of `rest`: (squared error that it removes, Thing, x, y).
+
+    A thing with mask m and ink c, drawn on a window r, removes |r|^2 - |r - m c|^2 = 2 m.r.c - |m|^2 |c|^2.
+    """
+    masks = np.stack([mask.ravel() for mask in MASKS.values()])  # (shapes, EDGE^2)
+    inks = np.stack(list(INKS.values()))  # (colours, 3)
+    windows = np.lib.stride_tricks.sliding_window_view(rest, (EDGE, EDGE), axis=(0, 1))
+    overlap = windows.reshape(-1, 3, EDGE * EDGE) @ masks.T  # (positions, 3, shapes)
+    overlap = overlap.transpose(0, 2, 1) @ inks.T  # (positions, shapes, colours)
     gain = 2 * overlap - (masks**2).sum(1)[:, None] * (inks**2).sum(1)
-    place, shape, colour = np.unravel_index(gain.argmax(), gain.shape)
-    y, x = divmod(int(place), IMAGE_SIZE - EDGE + 1)
+    position, shape, colour = np.unravel_index(gain.argmax(), gain.shape)
+    y, x = divmod(int(position), IMAGE_SIZE - EDGE + 1)
     return gain.max(), Thing(list(COLOURS)[colour], list(SHAPES)[shape]), x, y
 
-# ---- what is held out ------------------------------------------------------------------------------------------------
+# ---- Edits -----------------------------------------------------------------------------------------------------------
+
+SIDES = {"left": ("left of", 0), "right": ("left of", -1), "top": ("above", 0), "bottom": ("above", -1)}
+
+def edits(scene):
+    """All instructions that turn this scene into another one: {kind of edit: {instruction: Scene}}."""
+    things, relation = scene
+    kinds = {"make": {}, "move": {}, "swap": {"swap them.": Scene(things[::-1], relation)}}
+    for i, thing in enumerate(things):
+        others = things[:i] + things[i + 1 :]
+        for colour in COLOURS:
+            recoloured = things[:i] + (Thing(colour, thing.shape),) + things[i + 1 :]
+            kinds["make"][f"make the {name(thing)} {colour}."] = Scene(recoloured, relation)
+        for side, (new_relation, end) in SIDES.items():
+            moved = (thing, *others) if end == 0 else (*others, thing)
+            kinds["move"][f"move the {name(thing)} to the {side}."] = Scene(moved, new_relation)
+    return {
+        kind: {text: after for text, after in found.items() if after != scene and is_arrangement(after)}
+        for kind, found in kinds.items()
+    }
+
+def is_arrangement(scene):
+    return len(scene.things) > 1 and describe(scene) in CAPTIONS
+
+def edit(scene, instruction):
+    """The scene that an instruction turns this one into; None if the instruction means nothing here."""
+    results = {text: after for found in edits(scene).values() for text, after in found.items()}
+    return results.get(" ".join(instruction.split()))
+
+# ---- Words, and what is held out -------------------------------------------------------------------------------------
+
+EDIT_WORDS = ["make", "the", "move", "to", *SIDES, "swap", "them"]
+WORDS = sorted({*COLOURS, *SHAPES, *" ".join(OPPOSITE).split(), "a", "is", "so", *EDIT_WORDS}) + ["."]
 
 def split(scene):
-    """"test" (10 %), "val" (5 %) or "train", by a hash of the fact, so that no fact is on two sides in any wording."""
+    """"test" (10 %), "val" (5 %) or "train". All captions and pictures of an arrangement are on the same side."""
+    if len(scene.things) == 1:
+        return "train"
     bucket = zlib.crc32(describe(scene).encode()) % 100
-    return "train" if scene.second is None or bucket >= 15 else "test" if bucket < 10 else "val"
+    return "test" if bucket < 10 else "val" if bucket < 15 else "train"
 
-SPLITS = {name: [fact for fact in FACTS if split(fact) == name] for name in ("train", "val", "test")}
+SPLITS = {side: [scene for scene in ARRANGEMENTS if split(scene) == side] for side in ("train", "val", "test")}
 
 def pick(rng, items):
+    """A random item of a list."""
     return items[int(rng.random() * len(items))]

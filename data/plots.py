@@ -1,0 +1,92 @@
+"""Every picture that is written for people: rows, grids, the mask, GIFs, and pictures in a terminal.
+
+A picture is uint8 (H, W, 3); what is returned is a Pillow image, unless a docstring says otherwise.
+"""
+
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+RED, BLACK = (200, 0, 0), (0, 0, 0)
+
+def enlarge(picture, scale=4):
+    picture = Image.fromarray(picture)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+
+def row_of(pictures, scale=4):
+    """Pictures in a row, with thin white lines between them."""
+    framed = [np.pad(picture, ((0, 1), (0, 1), (0, 0)), constant_values=255) for picture in pictures]
+    return enlarge(np.concatenate(framed, axis=1), scale)
+
+def stack(top, bottom):
+    """One Pillow image below another."""
+    both = Image.new("RGB", (max(top.width, bottom.width), top.height + bottom.height), "white")
+    both.paste(top, (0, 0))
+    both.paste(bottom, (0, top.height))
+    return both
+
+def beside(left, right, gap=24):
+    """Two Pillow images side by side, each centred vertically."""
+    both = Image.new("RGB", (left.width + gap + right.width, max(left.height, right.height)), "white")
+    both.paste(left, (0, (both.height - left.height) // 2))
+    both.paste(right, (left.width + gap, (both.height - right.height) // 2))
+    return both
+
+def titled(image, title):
+    """A Pillow image below a line of text."""
+    label = Image.new("RGB", (image.width, 24), "white")
+    ImageDraw.Draw(label).text((4, 2), title, BLACK, ImageFont.load_default(16))
+    return stack(label, image)
+
+def captioned_grid(pictures, captions, correct, columns=6, scale=4):
+    """Pictures above their captions. The caption is red where the picture is not correct."""
+    height, width = len(pictures[0]) * scale, len(pictures[0][0]) * scale
+    cell_width, cell_height = width + 16, height + 40
+    n_rows = math.ceil(len(pictures) / columns)
+    grid = Image.new("RGB", (columns * cell_width, n_rows * cell_height), "white")
+    pen, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
+    for i, (picture, caption, is_correct) in enumerate(zip(pictures, captions, correct)):
+        x, y = i % columns * cell_width + 8, i // columns * cell_height + 4
+        grid.paste(enlarge(picture, scale), (x, y))
+        words = caption.split()
+        half = (len(words) + 1) // 2
+        text = " ".join(words[:half]) + "\n" + " ".join(words[half:])
+        pen.text((x, y + height + 3), text, BLACK if is_correct else RED, font)
+    return grid
+
+def mask_picture(mask, names, is_patch, cell=24, margin=64):
+    """A boolean attention mask (T, T): a row for each query, coloured where it may see the key; red within an image."""
+    side = margin + cell * len(names)
+    picture = Image.new("RGB", (side, side), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    for i, name in enumerate(names):
+        y = margin + cell * i
+        pen.text((margin - 6, y + cell / 2), name, BLACK, font, anchor="rm")
+        label = Image.new("RGB", (margin - 6, cell), "white")
+        ImageDraw.Draw(label).text((0, cell / 2), name, BLACK, font, anchor="lm")
+        picture.paste(label.rotate(90, expand=True), (y, 0))
+        for j in range(len(names)):
+            if not mask[i][j]:
+                colour = (225, 225, 225)
+            elif is_patch[i] and is_patch[j]:
+                colour = (225, 90, 60)
+            else:
+                colour = (80, 120, 210)
+            x = margin + cell * j
+            pen.rectangle((x, y, x + cell - 3, y + cell - 3), fill=colour)
+    return picture
+
+def save_gif(pictures, path, scale=8):
+    """Write pictures as an animation, the last one standing still for a while."""
+    frames = [enlarge(picture, scale) for picture in pictures]
+    durations = [40] * (len(frames) - 1) + [1500]  # milliseconds
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+def terminal_picture(picture):
+    """A picture as a string of coloured half blocks: each character shows an upper and a lower pixel."""
+    lines = []
+    for upper, lower in zip(picture[::2].tolist(), picture[1::2].tolist()):
+        cells = (f"\033[38;2;{a};{b};{c}m\033[48;2;{d};{e};{f}m▀" for (a, b, c), (d, e, f) in zip(upper, lower))
+        lines.append("".join(cells) + "\033[0m")
+    return "\n".join(lines)
