@@ -13,7 +13,7 @@ from transfusion import unconditional
 TEXT_ONLY = 0.1  # share of the documents that are text alone
 SINGLE = 0.2  # share of the captioned pictures that show a single thing
 SIMILAR = 0.25  # share that show things of one colour or one shape, which a model learns last to tell apart
-EDITS = 0.6  # share of the documents that are edits, in the task "edit"
+EDITS = 0.5  # share of the documents that are edits, in the task "edit"
 EDIT_KINDS = ("make", "make", "make", "move", "move", "swap")  # how often each kind of edit is trained on
 
 def is_similar(scene):

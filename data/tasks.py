@@ -84,8 +84,8 @@ class Edit(Shapes):
 
     name = "edit"
     defaults = {
-        "documents": 13652, "caption_first": 0.4, "steps": 1500, "batch_size": 32, "optimizer": "adamw", "lr": 1.5e-3,
-        "eval_every": 500, "t_power": 4.0, "noise_cap": 0.0, "instruction_loss": False,
+        "documents": 16384, "caption_first": 0.35, "steps": 2800, "optimizer": "adamw", "lr": 1.5e-3,
+        "eval_every": 700, "t_power": 4.0, "noise_cap": 0.0, "instruction_loss": False,
     }
     make_document = staticmethod(edit_document)
 

@@ -226,7 +226,7 @@ def test_the_tasks_have_the_documents_that_they_say():
         shares[task] = {key: n / 2000 for key, n in Counter(map(form, data)).items()}
     assert shares["text"] == {"t": 1.0}
     assert shares["shapes"] == pytest.approx({"t": 0.1, "ti": 0.45, "it": 0.45}, abs=0.04)
-    assert shares["edit"] == pytest.approx({"t": 0.04, "ti": 0.18, "it": 0.18, "iti": 0.6}, abs=0.03)
+    assert shares["edit"] == pytest.approx({"t": 0.05, "ti": 0.225, "it": 0.225, "iti": 0.5}, abs=0.03)
 
 def test_the_text_task_has_the_texts_of_the_shapes_task():
     with_pictures = documents("shapes", 50, 1, unconditional_share=0)
