@@ -98,8 +98,8 @@ N_SPECIAL = len(SPECIAL_TOKENS)  # token ids from here on are text
 def unconditional(document):
     """The document without its text: [text, image] becomes [image].
 
-    Classifier-free guidance compares with it when it draws. So that the model knows this form, a
-    share of the training documents has it; they are trained on like all others.
+    To draw with classifier-free guidance, the model predicts with the text and without it. So that
+    it knows this form, a share of the training documents has it, and is trained on like all others.
     """
     return [part for part in document if not isinstance(part, str)]
 
@@ -156,7 +156,7 @@ def has_lm_loss(tokens, instruction_loss=True):
     has_loss = (inputs != BOI) & (inputs != PATCH) & (targets != PAD)
     if not instruction_loss:  # none where the target is text between two images: it is always given
         n_boi = (tokens == BOI).cumsum(1)  # up to and including each position (B, T)
-        is_between = (n_boi > 0) & (n_boi < n_boi[:, -1:])
+        is_between = (n_boi > 0) & (n_boi < n_boi[:, -1:])  # after the first BOI, before the last
         is_instruction = is_between & (tokens >= N_SPECIAL)
         has_loss = has_loss & ~is_instruction[:, 1:]
     return has_loss
@@ -181,8 +181,8 @@ def diffusion_target(x0, eps, t, target):
     """What the model should predict about x_t: the noise eps, the image x0, or the mixture v.
 
     Given x_t, each of them determines the others. What differs is how much each t counts in the
-    loss. Near t = 1, where the text decides what is drawn, x_t is almost eps: there the loss of eps
-    is small whatever the model thinks of the image, and the loss of x0 is not.
+    loss: the squared error of eps is that of x0 times ab / (1 - ab). This goes to 0 near t = 1,
+    where the text decides what is drawn.
 
     DEVIATION: the paper predicts eps (--target eps). With x0, a model of this size learns to draw
     in far fewer steps (data/README.md).
@@ -206,10 +206,10 @@ def predicted_x0(xt, pred, t, target):
 def p_sample(xt, pred, t, t_next, target, eta=0.0):
     """One denoising step, t to t_next < t, (M,) or (1,): equation 12 of DDIM (arXiv 2010.02502).
 
-    With eta = 0 (DDIM) it noises the predicted x0 to t_next with the predicted eps, like q_sample.
-    With eta > 0, fresh noise of variance sigma^2 replaces a part of eps, and the variance of all
-    noise stays 1 - ab_next. With eta = 1 (DDPM's ancestral sampler) sigma^2 is the variance of the
-    posterior q(x_t_next | x_t, x0).
+    x_t_next = sqrt(ab_next) x0 + sqrt(1 - ab_next - sigma^2) eps + sigma * fresh noise. Both noise
+    terms together have variance 1 - ab_next. With eta = 0 (DDIM) sigma is 0, and this is q_sample
+    with the predicted x0 and eps. With eta = 1 (DDPM's ancestral sampler) sigma^2 is the variance
+    of the posterior q(x_t_next | x_t, x0).
 
     NOT STATED: which sampler the paper uses. DEVIATION: 25 to 50 steps of DDIM are enough here. The
     paper takes 250 steps (sample.py --steps 250 --eta 1).
@@ -476,7 +476,7 @@ class Transfusion(nn.Module):
         # DEVIATION: patches have a learned embedding of their position in the image. The paper
         # mentions only the RoPE of their raster order in the sequence (--no-patch-position).
         if cfg.patch_position:
-            self.patch_position = nn.Parameter(torch.empty(cfg.n_patches, cfg.dim))  # filled below
+            self.patch_position = nn.Parameter(torch.empty(cfg.n_patches, cfg.dim))  # init below
         else:
             self.patch_position = 0
         self.transformer = Transformer(cfg)
@@ -518,8 +518,8 @@ class Transfusion(nn.Module):
         """
         tokens, image_id, latents = self.pack(documents)
 
-        # Every image has its own t. The noise cap (table 8): an image that the rest of its document
-        # has to see gets a t that is uniform in [0, noise_cap].
+        # Every image has its own t. The noise cap (table 8): an image that opens its document, with
+        # something after it, gets a t that is uniform in [0, noise_cap].
         t = training_times(len(latents), self.cfg.t_power, latents.device)  # (M,)
         capped_t = self.cfg.noise_cap * torch.rand_like(t)
         t = torch.where(comes_first_with_more_after(tokens, self.cfg.n_patches), capped_t, t)
@@ -601,7 +601,8 @@ def sample_tokens(logits, temperature):
 def append_token(document, token, tokenizer):
     """Add a token of text to the end of a document, in place.
 
-    Documents hold text, not tokens: it is decoded here, and `pack` encodes it again.
+    Documents hold text, not tokens: it is decoded here, and `pack` encodes it again, for unusual
+    text perhaps into other tokens.
     """
     if document and isinstance(document[-1], str):
         document[-1] = tokenizer.decode(tokenizer.encode(document[-1]) + [token])
@@ -656,7 +657,7 @@ class Tokenizer:
 
     def __init__(self, words):
         self.words = list(words)
-        pieces = [word.encode() if word in ".,;:!?" else b" " + word.encode() for word in words]
+        pieces = [w.encode() if w in ".,;:!?" else b" " + w.encode() for w in self.words]
         self.bytes_of = [b""] * N_SPECIAL + [bytes([i]) for i in range(256)] + pieces
         self.id_of = {piece: i for i, piece in enumerate(self.bytes_of) if piece}
         longest_first = sorted(pieces, key=len, reverse=True)
@@ -770,7 +771,10 @@ def quantise(z, levels):
     return z + (rounded - z).detach()  # the gradient passes as if nothing had been rounded
 
 class QuantisedVAE(VAE):
-    """The VAE with a quantised bottleneck, and no noise and no KL loss. It makes codes (N,)."""
+    """The VAE with a quantised bottleneck, no noise and no KL loss. It makes codes (N,).
+
+    Use it in eval mode, so that its BatchNorm does not depend on the batch.
+    """
 
     def __init__(self, cfg):
         super().__init__(cfg.image_size, cfg.grid, cfg.code_dim, cfg.vae_dim, cfg.vae_kl)
