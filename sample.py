@@ -24,31 +24,32 @@ from data.files import load_picture, save_png
 from train import load_checkpoint, pick_device
 from transfusion import encode_pictures, generate
 
-def number(kind, low, high=math.inf):
-    """A type for argparse: a finite int or float from low to high."""
-    def parse(text):
-        value = kind(text)
-        if not math.isfinite(value) or not low <= value <= high:
-            limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
-        return value
-    parse.__name__ = kind.__name__  # argparse names it when kind(text) fails
-    return parse
+LIMITS = {  # of the numbers among the options: the least and the most
+    "steps": (1, None), "guidance_scale": (0, None), "eta": (0, 1), "temperature": (0, None),
+    "max_tokens": (1, None), "max_images": (0, None), "seed": (0, 10**9),
+}
 
 def parse_options(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="*", help="text, with <file.png> for a picture; none: start from nothing")
     parser.add_argument("--run", default="runs/shapes", help="output directory of the training run [%(default)s]")
     parser.add_argument("--out", default="samples", type=Path, help="directory for the pictures [%(default)s]")
-    parser.add_argument("--steps", type=number(int, 1), default=50, help="denoising steps; the paper has 250 [50]")
-    parser.add_argument("--guidance-scale", type=number(float, 0), help="of drawing, 1 is none [the run's]")
-    parser.add_argument("--eta", type=number(float, 0, 1), default=0.0, help="0 is DDIM, 1 ancestral sampling [0]")
-    parser.add_argument("--temperature", type=number(float, 0), help="of text, 0 is greedy [0; without prompt 1]")
-    parser.add_argument("--max-tokens", type=number(int, 1), default=64, help="of text between images [64]")
-    parser.add_argument("--max-images", type=number(int, 0), default=4, help="drawn per prompt [%(default)s]")
-    parser.add_argument("--seed", type=number(int, 0, 10**9), default=0, help="of the noise and the text [%(default)s]")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps; the paper has 250 [50]")
+    parser.add_argument("--guidance-scale", type=float, help="of drawing, 1 is none [the run's]")
+    parser.add_argument("--eta", type=float, default=0.0, help="0 is DDIM, 1 ancestral sampling [0]")
+    parser.add_argument("--temperature", type=float, help="of text, 0 is greedy [0; without prompt 1]")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of text between images [64]")
+    parser.add_argument("--max-images", type=int, default=4, help="drawn per prompt [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise and the text [%(default)s]")
     parser.add_argument("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is")
     args = parser.parse_args(argv)
+    for name, (least, most) in LIMITS.items():
+        value = getattr(args, name)
+        if value is None:  # not given
+            continue
+        if not math.isfinite(value) or value < least or (most is not None and value > most):
+            limits = f"at least {least}" if most is None else f"between {least} and {most}"
+            parser.error(f"argument --{name.replace('_', '-')}: must be {limits}, not {value}")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -88,7 +89,7 @@ def save_drawing(frames, directory):
     """Write the last of the frames, uint8 (steps, H, W, 3), as a PNG and all of them as a GIF. Returns both paths."""
     n = next(n for n in count(1) if not (directory / f"{n:03d}.png").exists())
     png, gif = directory / f"{n:03d}.png", directory / f"{n:03d}.gif"
-    save_png(plots.enlarge(frames[-1], 8), png)
+    save_png(plots.enlarge(frames[-1], max(1, 256 // frames.shape[1])), png)
     plots.save_gif(frames, gif)
     return png, gif
 

@@ -4,6 +4,8 @@
     python train.py --model chameleon                  the baseline with discrete images, to runs/chameleon
     python train.py --task text                        the same documents without pictures, to runs/text
     python train.py --init runs/shapes --task edit     teach a trained model to edit pictures, to runs/edit
+    python train.py --data FOLDER                      your own pictures with captions, to runs/FOLDER
+    torchrun --standalone --nproc-per-node=4 -- train.py    the same training, shared by four processes
 
 The output directory (--run) gets ckpt.pt, log.csv, progress.png (a row of drawings for each evaluation), figure.png
 (the attention mask, and drawings of held-out captions), metrics.json, and run.json with all settings. Ctrl-C saves a
@@ -12,6 +14,7 @@ checkpoint, and --resume continues from it as if nothing had happened.
 
 import copy
 import inspect
+import io
 import json
 import math
 import os
@@ -26,14 +29,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import plots
 from data.files import save_png, write_atomically
-from data.tasks import TASKS
+from data.tasks import TASKS, make_task
 from transfusion import (
-    BOI, CHOICES, EOS, N_SPECIAL, PAD, PRESETS, SPECIAL_TOKENS, Config, Tokenizer, attention_mask, encode_pictures,
-    generate, log_likelihood, make_models, pack, unconditional,
+    BOI, CHOICES, EOS, N_SPECIAL, PAD, PRESETS, SPECIAL_TOKENS, Config, Tokenizer, attention_mask, diffusion_target,
+    encode_pictures, generate, log_likelihood, make_models, pack, q_sample, unconditional,
 )
 
 @dataclass
@@ -41,6 +46,7 @@ class Run:
     """Every field is an option of the command line, with the comment beside it as its help."""
     run: str = ""  # output directory (default: runs/shapes, or named after the task or the model)
     task: str = "shapes"  # what to train on: shapes, text or edit
+    data: str = ""  # folder of your own pictures with captions, instead of the toy world
     init: str = ""  # output directory of a finished run, whose model to start from
     seed: int = 0  # of the data, the weights and the noise
     device: str = "auto"  # cpu, cuda or mps; auto takes the best there is
@@ -49,8 +55,9 @@ class Run:
     caption_first: float = 0.5  # share of the pairs of picture and caption in which the caption comes first
     unconditional_share: float = 0.1  # share of the documents with text before a picture that lose their text
     vae_steps: int = 1500  # training steps of the VAE, each with 16 pictures
-    steps: int = 3000  # training steps of the model
-    batch_size: int = 32  # documents per step
+    steps: int = 3300  # training steps of the model
+    batch_size: int = 32  # documents per step, of all processes together
+    accumulate: int = 1  # parts of a batch that each process runs one after the other, to save memory
     # DEVIATION: the paper trains everything with AdamW (--optimizer adamw --lr 2e-3).
     optimizer: str = "muon"  # muon for the matrices of the transformer, or adamw for everything
     lr: float = 4e-3  # peak learning rate
@@ -58,8 +65,9 @@ class Run:
     weight_decay: float = 0.1  # decoupled, of matrices
     clip: float = 1.0  # largest norm of the gradient
     ema: float = 0.99  # decay of the averaged weights, which are the ones that are scored and sampled from
-    eval_every: int = 500  # steps between evaluations, each of which writes a checkpoint
-    eval_n: int = 512  # held-out examples for each score of the final table
+    eval_every: int = 550  # steps between evaluations, each of which writes a checkpoint
+    eval_n: int = 512  # examples for each score of the final table
+    eval_split: str = "test"  # which they are: test, held out for the results, or val, to choose settings by
     sample_steps: int = 25  # denoising steps in evaluations; the paper has 250
     eta: float = 0.0  # of the sampler: 0 is DDIM, 1 is DDPM's ancestral sampler
     guidance_scale: float = 2.0  # classifier-free guidance in evaluations; 1 is none
@@ -68,12 +76,14 @@ class Run:
     def __post_init__(self):
         check_run(self)
 
-RUN_CHOICES = {"task": tuple(TASKS), "optimizer": ("muon", "adamw")}
+RUN_CHOICES = {"task": tuple(TASKS), "optimizer": ("muon", "adamw"), "eval_split": ("test", "val")}
 SHARES = "caption_first", "unconditional_share", "ema", "eta"  # options from 0 to 1
 LOSS_OPTIONS = "noise_cap", "lambda_ddpm", "t_power", "instruction_loss"  # of the model, --init can change these
-SCORE_OPTIONS = "eval_n", "sample_steps", "eta", "guidance_scale", "guidance_sweep"  # --eval-only can change these
-RESUME_OPTIONS = "steps", "eval_every", *SCORE_OPTIONS  # --resume can change these
-SHOWN_WHILE_TRAINING = "loss", "caption_acc", "draw_acc", "edit_acc"  # log.csv has all scores
+# --eval-only can change these:
+SCORE_OPTIONS = "eval_n", "eval_split", "sample_steps", "eta", "guidance_scale", "guidance_sweep"
+RESUME_OPTIONS = "steps", "eval_every", "accumulate", *SCORE_OPTIONS  # --resume can change these
+# What a line of progress shows: scores with these beginnings. log.csv has all.
+SHOWN_WHILE_TRAINING = "loss", "caption_acc", "draw_acc", "edit_acc", "caption_match", "draw_match"
 
 def check_run(run):
     """Raise ValueError, with one sentence, if a Run cannot work."""
@@ -215,6 +225,35 @@ class Trained:
         log_p, n_tokens = log_likelihood(self.model, [[text] for text in texts], BOI if draws else EOS)
         return log_p.cpu().numpy(), n_tokens.cpu().numpy()
 
+    def log_likelihood_after(self, pictures, captions):
+        log_p, n_tokens = [], []
+        for i in range(0, len(captions), 128):
+            documents = [list(pair) for pair in zip(pictures[i : i + 128], captions[i : i + 128])]
+            result = log_likelihood(self.model, encode_pictures(documents, self.vae))
+            log_p.append(result[0].cpu().numpy())
+            n_tokens.append(result[1].cpu().numpy())
+        return np.concatenate(log_p), np.concatenate(n_tokens)
+
+    @torch.no_grad()
+    def diffusion_loss(self, captions, pictures, times=(0.3, 0.5, 0.7, 0.9)):
+        """The mean over some times, with the same noise for all pictures, so that they can be compared. (N,)"""
+        if self.model.cfg.model == "chameleon":
+            return None
+        eps = torch.randn(1, *self.model.cfg.latent_shape, generator=torch.Generator().manual_seed(0))
+        losses = []
+        for i in range(0, len(captions), 128):
+            x0 = self.vae.encode(torch.from_numpy(pictures[i : i + 128]))
+            noise = eps.to(x0.device).expand_as(x0)
+            errors = []
+            for t in x0.new_tensor(times):
+                xt = q_sample(x0, noise, t.expand(len(x0)))
+                documents = [list(pair) for pair in zip(captions[i : i + 128], xt)]
+                pred = self.model.predict_last_image(documents, t)
+                target = diffusion_target(x0, noise, t.expand(len(x0)), self.model.cfg.target)
+                errors.append((pred - target).square().mean((1, 2, 3)))
+            losses.append(torch.stack(errors).mean(0).cpu().numpy())
+        return np.concatenate(losses)
+
     def reconstruct(self, pictures):
         return self.vae.decode(self.vae.encode(torch.from_numpy(pictures))).cpu().numpy()
 
@@ -277,6 +316,27 @@ def parse_options(argv):
             parser.add_argument("--" + f.name.replace("_", "-"), help=comments[f.name] + default, **kind)
     return vars(parser.parse_args(argv))
 
+class Loss(torch.nn.Module):
+    """A model whose forward pass is its loss, as DistributedDataParallel wants it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, documents, part, n_parts):
+        return self.model.loss(documents, part, n_parts)
+
+def join_processes():
+    """Returns the number of this process and how many there are: (0, 1), unless torchrun started several."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    if dist.get_rank() > 0:
+        sys.stdout = io.StringIO()  # only the first process reports
+    return dist.get_rank(), dist.get_world_size()
+
 def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -334,9 +394,12 @@ def main(argv=None):
     is_new = not resume and not eval_only
     on_interrupt("Stopped before training: " + ("nothing is saved." if is_new else "the checkpoint is unchanged."))
     device = pick_device(options.get("device", "auto"))
+    rank, n_processes = join_processes()
 
     # The output directory, by default named after the task or the baseline.
     default_name = "chameleon" if options.get("model") == "chameleon" else "shapes"
+    if options.get("data"):
+        default_name = Path(options["data"]).resolve().name
     options.setdefault("run", f"runs/{options.get('task', default_name)}")
     directory = Path(options["run"])
 
@@ -372,10 +435,14 @@ def main(argv=None):
             minutes_before = 0
     except ValueError as error:
         sys.exit(f"These options do not work: {error}.")
-    task = TASKS[run.task](run.caption_first, run.unconditional_share)
-    if cfg.image_size != task.image_size:
-        sys.exit(f"The task {run.task} has pictures of {task.image_size} pixels, but image_size is {cfg.image_size}.")
-    if is_new:
+    n_parts = n_processes * run.accumulate  # of a batch
+    if run.batch_size < n_parts:
+        sys.exit(f"A batch of {run.batch_size} documents cannot be divided into {n_parts} parts.")
+    try:
+        task = make_task(run, cfg.image_size)
+    except ValueError as error:
+        sys.exit(str(error))
+    if is_new and rank == 0:
         make_directory(directory, {"command": command, "cfg": asdict(cfg), "run": asdict(run)})
 
     if eval_only:
@@ -383,25 +450,37 @@ def main(argv=None):
         minutes = minutes_before
         averaged.cfg = cfg
     else:
+        with torch.device("meta"):  # without memory for the weights
+            n_all = sum(p.numel() for p in make_models(cfg, Tokenizer(task.words))[0].parameters())
+        print(f"{n_all / 1e6:.2f}M parameters: weights, their average, gradients and AdamW's states take "
+              f"{20 * n_all / 1e9:.2g} GB, besides the activations.", flush=True)
+
         # The documents, and a new VAE and model if there is no checkpoint.
         torch.manual_seed(run.seed)
-        print(f"Making {run.documents} documents.", flush=True)
+        print("Making the training documents.", flush=True)
         documents = task.documents(run.documents, run.seed)
         if checkpoint is None:
             averaged, vae = make_models(cfg, Tokenizer(task.words))
             averaged.to(device).requires_grad_(False)
             vae.to(device)
-            pictures = [torch.from_numpy(part) for document in documents for part in unconditional(document)]
+            pictures = {id(part): part for document in documents for part in unconditional(document)}
             if pictures:  # the task may be text alone
                 print(f"Training the VAE on {len(pictures)} pictures, {run.vae_steps} steps.", flush=True)
-                train_vae(vae, torch.stack(pictures), run.vae_steps)
+                train_vae(vae, torch.from_numpy(np.stack(list(pictures.values()))), run.vae_steps)
             vae.requires_grad_(False).eval()
-        documents = encode_pictures(documents, vae)
+            if n_processes > 1:  # GPUs round differently, but all processes need the same VAE
+                for tensor in vae.state_dict().values():
+                    dist.broadcast(tensor, src=0)
+        in_parts = [documents[i : i + 1024] for i in range(0, len(documents), 1024)]
+        documents = [document for part in in_parts for document in encode_pictures(part, vae)]
 
         # The model that is trained. `averaged` follows it, and is what is scored and sampled from.
         averaged.cfg = cfg
         model = copy.deepcopy(averaged).requires_grad_(True)
         optimizers = make_optimizers(model, run)
+        loss_of = Loss(model)
+        if n_processes > 1:
+            loss_of = DistributedDataParallel(loss_of)  # averages the gradients of all processes
         first_step, losses, history, drawings = 0, [], [], []
         if resume:
             model.load_state_dict(checkpoint["model"])
@@ -417,31 +496,40 @@ def main(argv=None):
         _, tokens = averaged.logits(documents[:1024])
         positions_per_document = (tokens != PAD).sum().item() / len(tokens)
         flops = 6 * n_params * positions_per_document * run.batch_size * run.steps
-        print(f"Training the model, {n_params / 1e6:.2f}M parameters, {run.steps} steps.", flush=True)
+        print(f"Training the model, {run.steps} steps of {flops / run.steps:.1e} FLOPs.", flush=True)
 
         interrupted = []  # Ctrl-C lets the step finish first
         on_interrupt(lambda: interrupted.append(True))
-        bar = tqdm(range(first_step, run.steps), "model", run.steps, initial=first_step, disable=None)
+        bar = tqdm(range(first_step, run.steps), "model", run.steps, initial=first_step, disable=rank > 0 or None)
         for step in bar:
-            # All randomness of a step follows from its number, so that a resumed run repeats it.
-            torch.manual_seed(run.seed * 1_000_000 + step)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(run, step) * group.get("lr_scale", 1)
-            batch = [documents[i] for i in torch.randint(len(documents), (run.batch_size,)).tolist()]
-            loss, loss_text, loss_image = model.loss(batch)
-            loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip)
-            if not torch.isfinite(loss) or not torch.isfinite(grad_norm):
-                sys.exit(f"Stopped at step {step + 1}: the loss is {loss.item()}, the norm of its gradient "
-                         f"{grad_norm.item()}. The last checkpoint, if there is one, is kept.")
+            step_losses = torch.zeros(3, device=device)  # loss, loss_text, loss_image
+            for i in range(run.accumulate):
+                # All randomness of a step follows from its number: a resumed run repeats it, and all parts share it.
+                torch.manual_seed(run.seed * 1_000_000 + step)
+                chosen = torch.randint(len(documents), (run.batch_size,)).tolist()
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    part_losses = loss_of([documents[j] for j in chosen], rank * run.accumulate + i, n_parts)
+                (n_processes * part_losses[0]).backward()  # the processes' gradients are averaged, not summed
+                step_losses += torch.stack(part_losses).detach()
+            if n_processes > 1:
+                dist.all_reduce(step_losses)
+            loss, loss_text, loss_image = step_losses.tolist()
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip).item()
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                sys.exit(f"Stopped at step {step + 1}: the loss is {loss}, the norm of its gradient {grad_norm}. "
+                         "The last checkpoint, if there is one, is kept.")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            losses.append((loss_text.item(), loss_image.item()))
+            losses.append((loss_text, loss_image))
             decay = min(run.ema, (1 + step) / (10 + step))  # a short memory at first
             torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
-            bar.set_postfix(text=f"{losses[-1][0]:.3f}", image=f"{losses[-1][1]:.3f}")
+            bar.set_postfix(text=f"{loss_text:.3f}", image=f"{loss_image:.3f}")
+            if rank > 0:
+                continue
 
             is_evaluation = (step + 1) % run.eval_every == 0 or step + 1 == run.steps
             if is_evaluation:
@@ -475,6 +563,10 @@ def main(argv=None):
                     write_progress(directory, history, drawings)
             if interrupted:
                 sys.exit(f"Saved at step {step + 1}. To continue: python train.py --resume --run {directory}")
+        if n_processes > 1:
+            dist.destroy_process_group()
+        if rank > 0:
+            return
         minutes = checkpoint["minutes"]
         write_progress(directory, history, drawings)
 
@@ -485,8 +577,9 @@ def main(argv=None):
     scales = [run.guidance_scale]
     if run.guidance_sweep:
         scales += [scale for scale in (1, 1.5, 2, 3, 4) if scale != run.guidance_scale]
-    report = task.evaluate(Trained(averaged, vae, run), "test", run.eval_n, run.seed + 1, scales)
-    print(f"\n{run.eval_n} held-out examples, seed {run.seed}, guidance {run.guidance_scale:g}, "
+    report = task.evaluate(Trained(averaged, vae, run), run.eval_split, run.eval_n, run.seed + 1, scales)
+    held_out = "held-out" if run.eval_split == "test" else "validation"
+    print(f"\n{report.n} {held_out} examples, seed {run.seed}, guidance {run.guidance_scale:g}, "
           f"{run.sample_steps} denoising steps, eta {run.eta:g}")
     for name, (value, beside) in report.scores.items():
         print(f"{name:14} {value:8.4f}   {beside}")
@@ -502,4 +595,7 @@ def main(argv=None):
     print(f"Training took {minutes:.1f} minutes ({flops:.2g} FLOPs), and scoring {scoring_minutes:.1f}.")
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # the disk is full, for example
+        sys.exit(f"Stopped: {error}.")

@@ -32,7 +32,8 @@ patches:
 no prediction, because an image always has N patches: generation appends it. "t" is the noise level
 of an image, from 0 (clean) to 1 (pure noise). Every image has its own t, and the text after an
 image sees the noised image, and would learn nothing from pure noise. So an image that comes first,
-with something after it, is noised at most to the noise cap.
+with something after it, is noised at most to the noise cap. An image after text has no cap: to
+learn to draw it, the model must see every t.
 
 The method ends with the section "Generation". After it come the tokenizer, the VAE, the baseline
 (Chameleon), and presets. `DEVIATION:` marks what differs from the paper, with the option that
@@ -154,7 +155,7 @@ def has_lm_loss(tokens, instruction_loss=True):
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     has_loss = (inputs != BOI) & (inputs != PATCH) & (targets != PAD)
-    if not instruction_loss:  # none where the target is text between two images: it is always given
+    if not instruction_loss:  # none where the target is text between two images: an instruction
         n_boi = (tokens == BOI).cumsum(1)  # up to and including each position (B, T)
         is_between = (n_boi > 0) & (n_boi < n_boi[:, -1:])  # after the first BOI, before the last
         is_instruction = is_between & (tokens >= N_SPECIAL)
@@ -457,10 +458,6 @@ def next_token_losses(logits, tokens):
     """-log P(next token) at each position but the last: (B, T, V) and (B, T) -> (B, T - 1)."""
     return F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
 
-def mean_where(x, where):
-    """The mean of x over the entries where the boolean `where` is true; 0 if there are none."""
-    return (x * where).sum() / where.sum().clamp(min=1)
-
 def comes_first_with_more_after(tokens, n_patches):
     """Which images open their document, and are not all of it? (B, T) -> bool (M,)."""
     row, boi_position = (tokens == BOI).nonzero(as_tuple=True)  # of each image, in reading order
@@ -510,11 +507,13 @@ class Transfusion(nn.Module):
         batch = pack(documents, self.tokenizer, self.cfg, end)
         return [tensor.to(self.lm_head.weight.device) for tensor in batch]
 
-    def loss(self, documents):
+    def loss(self, documents, part=0, n_parts=1):
         """Section 3, training objective: L = L_LM + lambda * L_DDPM.
 
         The documents have clean latents, and for guidance some have no text (train.py's option
-        --unconditional-share). Returns (loss, loss_lm, loss_ddpm).
+        --unconditional-share). Returns (loss, loss_lm, loss_ddpm). With n_parts > 1, it runs only
+        the documents part, part + n_parts, ...: the losses of all parts add up to those of the
+        whole, so that several processes can share a batch.
         """
         tokens, image_id, latents = self.pack(documents)
 
@@ -525,17 +524,25 @@ class Transfusion(nn.Module):
         t = torch.where(comes_first_with_more_after(tokens, self.cfg.n_patches), capped_t, t)
 
         eps = torch.randn_like(latents)
+        has_loss = has_lm_loss(tokens, self.cfg.instruction_loss)
+        n_predicted = has_loss.sum().clamp(min=1)  # tokens with an LM loss
+        n_noised = (t > 0).sum().clamp(min=1)  # t is 0 only for a capped image with noise_cap = 0
+
+        if n_parts > 1:
+            in_part = (tokens == BOI).nonzero()[:, 0] % n_parts == part  # of each image's row (M,)
+            latents, t, eps = latents[in_part], t[in_part], eps[in_part]
+            tokens, image_id, has_loss = (x[part::n_parts] for x in (tokens, image_id, has_loss))
+
         xt = q_sample(latents, eps, t)  # the latents are noised, before they become patches
         logits, pred = self(tokens, image_id, xt, t)
 
         # Diffusion loss: the mean squared error of each image, then the mean over noised images.
         wanted = diffusion_target(latents, eps, t, self.cfg.target)
         error = (pred - wanted).square().mean((1, 2, 3))  # (M,)
-        loss_ddpm = mean_where(error, t > 0)  # t is 0 only for a capped image with noise_cap = 0
+        loss_ddpm = (error * (t > 0)).sum() / n_noised
 
         # LM loss: the mean over the positions of the whole batch that predict a token.
-        has_loss = has_lm_loss(tokens, self.cfg.instruction_loss)
-        loss_lm = mean_where(next_token_losses(logits, tokens), has_loss)
+        loss_lm = (next_token_losses(logits, tokens) * has_loss).sum() / n_predicted
         return loss_lm + self.cfg.lambda_ddpm * loss_ddpm, loss_lm, loss_ddpm
 
     def logits(self, documents, end=True):
@@ -547,8 +554,8 @@ class Transfusion(nn.Module):
     def predict_last_image(self, documents, t):
         """The prediction (B, C, H, W) for the last image of each document, which is noised to t.
 
-        The images before it are given clean, with t = 0. Training differs: there they are noised as
-        well, the first one up to noise_cap, and later ones to any t.
+        The images before it are clean, with t = 0. Training differs: there they are noised as well,
+        the first one up to noise_cap, and later ones to any t.
         """
         tokens, image_id, latents = self.pack(documents, end=False)
         last = image_id.amax(1)  # (B,) the index in latents of each document's last image
@@ -601,8 +608,8 @@ def sample_tokens(logits, temperature):
 def append_token(document, token, tokenizer):
     """Add a token of text to the end of a document, in place.
 
-    Documents hold text, not tokens: it is decoded here, and `pack` encodes it again, for unusual
-    text perhaps into other tokens.
+    Documents hold text, not tokens: the token is decoded here, and `pack` encodes the text again.
+    Single bytes that now spell a known word become the token of that word.
     """
     if document and isinstance(document[-1], str):
         document[-1] = tokenizer.decode(tokenizer.encode(document[-1]) + [token])
@@ -853,16 +860,24 @@ class Chameleon(nn.Module):
         tokens = pad_sequence(rows, batch_first=True, padding_value=PAD)
         return tokens.to(self.lm_head.weight.device)
 
-    def loss(self, documents):
-        """The mean over text and codes, with the z-loss. Returns (loss, loss_text, loss_codes)."""
+    def loss(self, documents, part=0, n_parts=1):
+        """The mean over text and codes, with the z-loss. Returns (loss, loss_text, loss_codes).
+
+        `part` and `n_parts`: as in Transfusion.loss.
+        """
         tokens = self.pack(documents)
-        logits = self(tokens)
-        losses = next_token_losses(logits, tokens)
         is_code = tokens[:, 1:] >= len(self.tokenizer)
         is_text = has_lm_loss(self.without_codes(tokens), self.cfg.instruction_loss)
+        n_text, n_codes = is_text.sum(), is_code.sum()
+        tokens, is_code, is_text = (x[part::n_parts] for x in (tokens, is_code, is_text))
+
+        logits = self(tokens)
+        losses = next_token_losses(logits, tokens)
         z_loss = self.cfg.z_loss * logits[:, :-1].logsumexp(-1).square()
-        loss = mean_where(losses + z_loss, is_text | is_code)
-        return loss, mean_where(losses, is_text), mean_where(losses, is_code)
+        loss = ((losses + z_loss) * (is_text | is_code)).sum() / (n_text + n_codes).clamp(min=1)
+        loss_text = (losses * is_text).sum() / n_text.clamp(min=1)
+        loss_codes = (losses * is_code).sum() / n_codes.clamp(min=1)
+        return loss, loss_text, loss_codes
 
     def without_codes(self, tokens):
         """The same tokens with PATCH for every code, as Transfusion has them."""
@@ -907,7 +922,7 @@ def log_likelihood(model, documents, next_token=EOS):
     """Two tensors (B,): log P of each document, and the number of tokens in that sum.
 
     These are the tokens with an LM loss: text, BOI, and at the end next_token, which is EOS, or BOI
-    to ask whether an image follows. Images are given clean and are not scored.
+    to ask whether an image follows. The images are clean and are not scored.
     """
     logits, tokens = model.logits(documents)
     tokens = torch.where(tokens == EOS, next_token, tokens)  # changes the last target only

@@ -12,7 +12,7 @@ from transfusion import unconditional
 
 TEXT_ONLY = 0.1  # share of the documents that are text alone
 SINGLE = 0.2  # share of the captioned pictures that show a single thing
-SIMILAR = 0.25  # share that show things of one colour or one shape, which a model learns last to tell apart
+SIMILAR = 0.25  # share that show things of one colour or one shape, beside those that come by chance
 EDITS = 0.5  # share of the documents that are edits, in the task "edit"
 EDIT_KINDS = ("make", "make", "make", "move", "move", "swap")  # how often each kind of edit is trained on
 
@@ -76,8 +76,9 @@ def entropy(kind, scenes, task, caption_first, unconditional_share):
     """-log P of the documents of these scenes under the grammar, in nats: the floor of a model's loss on them.
 
     "text" is a document of text alone. "caption" is a caption that comes first, up to the token after it. The grammar
-    chooses the kind of document, the arrangement, and the end from which it is told; the words then follow. It may
-    choose any arrangement, held out or not: this is the cost for a model that knows the grammar and remembers nothing.
+    chooses the kind of document, the arrangement, and the end at which its description starts; the words then follow.
+    It may choose any arrangement, held out or not: this is the cost for a model that knows the grammar and remembers
+    nothing.
     """
     n_arrangements = len(shapes.ARRANGEMENTS)
     n_similar = sum(map(is_similar, shapes.ARRANGEMENTS))
@@ -94,7 +95,7 @@ def entropy(kind, scenes, task, caption_first, unconditional_share):
                 probability *= caption_first * (1 - unconditional_share)
         if task == "edit":
             probability *= 1 - EDITS
-        total -= math.log(probability / 2)  # told from one of two ends
+        total -= math.log(probability / 2)  # described from one of two ends
     return total
 
 def examples(split, n, seed):

@@ -3,28 +3,36 @@
 import os
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 def load_picture(file, size):
     """uint8 (size, size, 3) from any picture file: the middle square, scaled by averaging, on white.
 
-    Raises ValueError with one sentence if there is no such file, or if it is not a picture that can be read.
+    Of an animation, the first frame. A photo is turned as its EXIF data says. Raises ValueError with one sentence if
+    there is no such file, or if it is not a picture that can be read.
     """
     try:
         with Image.open(file) as image:
-            image = image.convert("RGBA")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # 16 bits of grey, which Pillow would clip to 255
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            image = image.convert("RGB").convert("RGBA") if image.mode == "CMYK" else image.convert("RGBA")
     except FileNotFoundError:
         raise ValueError(f"There is no picture at {file}.") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, ValueError) as error:
+    except Exception as error:  # Pillow's decoders raise errors of many kinds
         raise ValueError(f"{file} is not a picture that can be read: {error}") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return np.array(ImageOps.fit(image, (size, size), Image.BOX))
 
 def write_atomically(path, write):
-    """Call write(temporary path) and then move the file to its place."""
+    """Call write(temporary path) and then rename the file to path."""
     temporary = path.with_name("writing-" + path.name)
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
 
 def save_png(picture, path):
     """Write a Pillow image."""

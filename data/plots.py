@@ -4,20 +4,23 @@ A picture is uint8 (H, W, 3); what is returned is a Pillow image, unless a docst
 """
 
 import math
+import textwrap
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 RED, BLACK = (200, 0, 0), (0, 0, 0)
 
-def enlarge(picture, scale=4):
+def enlarge(picture, scale=None):
+    """A picture `scale` times as large, or to 128 pixels of height."""
     picture = Image.fromarray(picture)
+    scale = scale or max(1, 128 // picture.height)
     return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
 
-def row_of(pictures, scale=4):
+def row_of(pictures):
     """Pictures in a row, with thin white lines between them."""
     framed = [np.pad(picture, ((0, 1), (0, 1), (0, 0)), constant_values=255) for picture in pictures]
-    return enlarge(np.concatenate(framed, axis=1), scale)
+    return enlarge(np.concatenate(framed, axis=1), max(1, 128 // pictures[0].shape[0]))
 
 def stack(top, bottom):
     """One Pillow image below another."""
@@ -39,19 +42,20 @@ def titled(image, title):
     ImageDraw.Draw(label).text((4, 2), title, BLACK, ImageFont.load_default(16))
     return stack(label, image)
 
-def captioned_grid(pictures, captions, correct, columns=6, scale=4):
+def captioned_grid(pictures, captions, correct, columns=6):
     """Pictures above their captions. The caption is red where the picture is not correct."""
-    height, width = len(pictures[0]) * scale, len(pictures[0][0]) * scale
+    width, height = enlarge(pictures[0]).size
     cell_width, cell_height = width + 16, height + 40
     n_rows = math.ceil(len(pictures) / columns)
     grid = Image.new("RGB", (columns * cell_width, n_rows * cell_height), "white")
     pen, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
     for i, (picture, caption, is_correct) in enumerate(zip(pictures, captions, correct)):
         x, y = i % columns * cell_width + 8, i // columns * cell_height + 4
-        grid.paste(enlarge(picture, scale), (x, y))
+        grid.paste(enlarge(picture), (x, y))
         words = caption.split()
         half = (len(words) + 1) // 2
-        text = " ".join(words[:half]) + "\n" + " ".join(words[half:])
+        lines = " ".join(words[:half]), " ".join(words[half:])
+        text = "\n".join(textwrap.shorten(line, width // 5, placeholder=" ...") for line in lines)
         pen.text((x, y + height + 3), text, BLACK if is_correct else RED, font)
     return grid
 
@@ -77,9 +81,9 @@ def mask_picture(mask, names, is_patch, cell=24, margin=64):
             pen.rectangle((x, y, x + cell - 3, y + cell - 3), fill=colour)
     return picture
 
-def save_gif(pictures, path, scale=8):
+def save_gif(pictures, path):
     """Write pictures as an animation, the last one standing still for a while."""
-    frames = [enlarge(picture, scale) for picture in pictures]
+    frames = [enlarge(picture, max(1, 256 // picture.shape[0])) for picture in pictures]
     durations = [40] * (len(frames) - 1) + [1500]  # milliseconds
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
@@ -90,3 +94,28 @@ def terminal_picture(picture):
         cells = (f"\033[38;2;{a};{b};{c}m\033[48;2;{d};{e};{f}m▀" for (a, b, c), (d, e, f) in zip(upper, lower))
         lines.append("".join(cells) + "\033[0m")
     return "\n".join(lines)
+
+LINE_COLOURS = [(31, 119, 180), (214, 80, 40), (44, 150, 44), (148, 80, 190), (200, 160, 0), (90, 90, 90)]
+
+def learning_curves(lines, title, width=640, height=320):
+    """{label: [(xs, ys) of each seed]} -> a chart of ys in [0, 1]: thin lines, and their mean as a thick one."""
+    left, top, right, bottom = 40, 30, width - 190, height - 30
+    x_max = max(xs[-1] for curves in lines.values() for xs, _ in curves)
+    chart = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(chart), ImageFont.load_default(12)
+    pen.text((left, 6), title, BLACK, font)
+    for i in range(5):  # a grid, with the numbers of both axes
+        x, y = left + (right - left) * i / 4, bottom - (bottom - top) * i / 4
+        pen.line((left, y, right, y), (225, 225, 225))
+        pen.text((left - 6, y), f"{i / 4:g}", BLACK, font, anchor="rm")
+        pen.text((x, bottom + 6), f"{x_max * i / 4:.1e}", BLACK, font, anchor="mt")
+    for i, ((label, curves), colour) in enumerate(zip(lines.items(), LINE_COLOURS)):
+        pale = tuple((value + 2 * 255) // 3 for value in colour)
+        n_points = min(len(xs) for xs, _ in curves)
+        mean = np.mean([(xs[:n_points], ys[:n_points]) for xs, ys in curves], axis=0)
+        for (xs, ys), ink, thickness in [*((curve, pale, 1) for curve in curves), (mean, colour, 3)]:
+            points = [(left + (right - left) * x / x_max, bottom - (bottom - top) * y) for x, y in zip(xs, ys)]
+            pen.line(points, ink, thickness, joint="curve")
+        pen.rectangle((right + 12, top + 20 * i, right + 24, top + 20 * i + 10), fill=colour)
+        pen.text((right + 30, top + 20 * i + 5), label, BLACK, font, anchor="lm")
+    return chart

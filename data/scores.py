@@ -1,10 +1,12 @@
 """How text, captions, drawings and edits are scored, each beside its floor, ceiling or chance.
 
-What is scored is anything that writes and draws. It has five methods, in terms of sentences and pictures, uint8
-(N, 32, 32, 3):
+What is scored is anything that writes and draws. It has these methods, in terms of sentences and pictures, uint8
+(N, H, W, 3):
 
     log_likelihood(texts, draws)      log P and number of tokens of each text, and of what follows it: BOI if `draws`
                                       is true, else EOS
+    log_likelihood_after(pictures, captions)    the same of each caption, after its picture
+    diffusion_loss(captions, pictures)          of each picture, after its caption; None without diffusion
     caption(pictures)                 a caption for each picture
     draw(prompts, guidance_scale)     the next picture of each document
     reconstruct(pictures)             the pictures after the VAE's encoder and decoder
@@ -24,12 +26,14 @@ def accuracy(found, wanted):
     """The share of equal pairs."""
     return sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
 
-def score_perplexity(model, name, texts, draws, entropy):
-    """Perplexity per token, beside the grammar's own, from its `entropy` of all the texts in nats."""
+def score_perplexity(model, name, texts, draws, entropy=None):
+    """Perplexity per token, beside the grammar's own if its `entropy` of all the texts, in nats, is known."""
     log_p, n_tokens = map(sum, model.log_likelihood(texts, draws))
-    floor = math.exp(entropy / n_tokens)
-    perplexity = math.exp(min(-log_p / n_tokens, 100))  # a model that diverged would overflow
-    return {name: (perplexity, f"floor {floor:.4f}: the grammar's own")}
+    beside = "floor unknown" if entropy is None else f"floor {math.exp(entropy / n_tokens):.4f}: the grammar's own"
+    return {name: (perplexity(log_p, n_tokens), beside)}
+
+def perplexity(log_p, n_tokens):
+    return math.exp(min(-log_p / n_tokens, 100))  # a model that diverged would overflow
 
 def score_conclusions(model, scenes, flips):
     """How often is the correct conclusion the likeliest of the four relations?"""
@@ -89,6 +93,35 @@ def score_edits(model, edits, guidance_scale):
     value = sum(correct) / len(correct), f"ceiling {ceiling:.4f}: VAE; floor 0: the picture unchanged"
     return {"edit_acc": value}, drawn, correct
 
+def score_matching(model, captions, pictures, seed, n_choices=8):
+    """Does the model know which captions and pictures belong together? It need not write or draw for that.
+
+    caption_match: of 8 pictures, does its own make a caption the likeliest? draw_match: of 8 captions, does its own
+    give a picture the smallest diffusion loss? The other 7 are drawn at random from those with another caption.
+    """
+    rng = random.Random(seed)
+    n_choices = min(n_choices, len(set(captions)))
+    choices = []  # for each pair, the indices of n_choices pairs, its own first
+    for i, caption in enumerate(captions):
+        by_caption = {other: j for j, other in enumerate(captions) if other != caption}
+        choices.append([i, *rng.sample(sorted(by_caption.values()), n_choices - 1)])
+    own = [i for i, row in enumerate(choices) for _ in row]
+    other = [j for row in choices for j in row]
+
+    log_p, n_tokens = model.log_likelihood_after(pictures[other], [captions[i] for i in own])
+    log_p, n_tokens = log_p.reshape(-1, n_choices), n_tokens.reshape(-1, n_choices)
+    beside = f"chance {1 / n_choices:.4f}"
+    scores = {
+        "caption_ppl_after": (perplexity(log_p[:, 0].sum(), n_tokens[:, 0].sum()), "of captions after their picture"),
+        "caption_match": (float((log_p.argmax(1) == 0).mean()), beside),
+    }
+    losses = model.diffusion_loss([captions[j] for j in other], pictures[own])
+    if losses is not None:
+        losses = losses.reshape(-1, n_choices)
+        scores["diffusion_loss"] = float(losses[:, 0].mean()), "of pictures after their caption"
+        scores["draw_match"] = float((losses.argmin(1) == 0).mean()), beside
+    return scores
+
 def map_all(function, *lists):
     return list(map(function, *lists))
 
@@ -98,7 +131,7 @@ def psnr(a, b):
     return float(10 * np.log10(255**2 / max(error, 1e-10)))
 
 def frechet(a, b):
-    """Frechet distance between two sets of pictures, uint8 (N, 32, 32, 3): small if they are alike as sets.
+    """Frechet distance between two sets of pictures, uint8 (N, H, W, 3): small if they are alike as sets.
 
     |mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)), with the means and covariances A and B of 8 x 8 RGB thumbnails, 192
     numbers in [0, 1]. It sees colours and positions, but of a shape little more than its area.
@@ -112,5 +145,6 @@ def frechet(a, b):
 
 def thumbnail_statistics(pictures):
     """Mean (192,) and covariance (192, 192) of the pictures' 8 x 8 thumbnails."""
-    thumbnails = pictures.reshape(len(pictures), 8, 4, 8, 4, 3).mean((2, 4)).reshape(len(pictures), -1) / 255
+    n, height, width, _ = pictures.shape
+    thumbnails = pictures.reshape(n, 8, height // 8, 8, width // 8, 3).mean((2, 4)).reshape(n, -1) / 255
     return thumbnails.mean(0), np.cov(thumbnails, rowvar=False)

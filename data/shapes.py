@@ -31,7 +31,7 @@ SHAPES = {
     "ring": [("ellipse", (0, 0, 1, 1), 1), ("ellipse", (0.27, 0.27, 0.73, 0.73), 0)],
 }
 OPPOSITE = {"left of": "right of", "above": "below", "right of": "left of", "below": "above"}
-RELATIONS = ["left of", "above"]  # of a Scene; a caption may tell it from the other end, with the opposite relation
+RELATIONS = ["left of", "above"]  # of a Scene; a caption may start at the other end, with the opposite relation
 
 class Thing(NamedTuple):
     colour: str
@@ -71,8 +71,8 @@ def parse(caption):
 def argument(scene, flip=False, conclusion=None):
     """A document of text alone: the scene described from one end, then from the other.
 
-    "a red circle is above a blue square. so a blue square is below a red circle." `conclusion` is a relation to put
-    in the place of the correct one.
+    "a red circle is above a blue square. so a blue square is below a red circle." `conclusion` is a relation that
+    replaces the correct one.
     """
     relation, opposite = scene.relation, OPPOSITE[scene.relation]
     if flip:

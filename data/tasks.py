@@ -12,10 +12,15 @@ from data import shapes
 from data.documents import (
     edit_document, edit_examples, entropy, examples, make_documents, shapes_document, text_document,
 )
-from data.scores import score_captions, score_conclusions, score_drawings, score_edits, score_perplexity, score_vae
+from data.folder import frequent_words, load_folder
+from data.scores import (
+    frechet, psnr, score_captions, score_conclusions, score_drawings, score_edits, score_matching, score_perplexity,
+    score_vae,
+)
 
 class Report(NamedTuple):
-    """What an evaluation found."""
+    """What an evaluation of n examples found."""
+    n: int
     scores: dict  # {score: (value, what to compare it with)}
     pictures: np.ndarray | None = None  # uint8 (N, 32, 32 or 64, 3), drawn at the first guidance scale
     prompts: tuple = ()  # what each of them should show
@@ -63,7 +68,7 @@ class Shapes:
         for scale in guidance_scales[1:]:
             drawing_scores, _, _ = score_drawings(model, scenes, captions, pictures, scale, seed)
             scores |= {f"{name} g={scale:g}": value for name, value in drawing_scores.items()}
-        return Report(scores, drawn, captions, correct)
+        return Report(n, scores, drawn, captions, correct)
 
 class Text(Shapes):
     """The same documents without their pictures, so that what pictures cost the text can be measured."""
@@ -73,7 +78,7 @@ class Text(Shapes):
     make_document = staticmethod(text_document)
 
     def evaluate(self, model, split, n, seed, guidance_scales):
-        return Report(self.score_text(model, split, n, seed, draws=False))
+        return Report(n, self.score_text(model, split, n, seed, draws=False))
 
 class Edit(Shapes):
     """Picture, instruction, edited picture; and enough of the other documents that nothing else is forgotten.
@@ -95,6 +100,65 @@ class Edit(Shapes):
         scores, drawn, correct = score_edits(model, edits, guidance_scales[0])
         _, _, before, instructions, _ = zip(*edits)
         before_and_after = np.concatenate([np.stack(before), drawn], axis=2)
-        return Report(report.scores | scores, before_and_after, instructions, correct)
+        return Report(n, report.scores | scores, before_and_after, instructions, correct)
+
+class Folder:
+    """Your own pictures with captions. Nothing reads them back, so the scores are of other kinds than above.
+
+    Validation and the final table use the same held-out pictures, the former the first of them.
+    """
+
+    defaults = {}
+
+    def __init__(self, folder, image_size, caption_first, unconditional_share):
+        self.image_size = image_size
+        self.caption_first, self.unconditional_share = caption_first, unconditional_share
+        self.train, self.held_out = load_folder(folder, image_size)
+        self.words = frequent_words([caption for caption, _ in self.train])
+
+    def documents(self, n, seed):
+        """n documents, or 4 with each picture if that is less."""
+        rng = random.Random(seed)
+        documents = []
+        for i in range(min(n, 4 * len(self.train))):
+            caption, picture = self.train[i % len(self.train)]
+            if rng.random() > self.caption_first:
+                documents.append([picture, caption])
+            elif rng.random() < self.unconditional_share:
+                documents.append([picture])
+            else:
+                documents.append([caption, picture])
+        return documents
+
+    def evaluate(self, model, split, n, seed, guidance_scales):
+        held_out = self.held_out[:n]
+        captions, pictures = [caption for caption, _ in held_out], np.stack([picture for _, picture in held_out])
+        others = np.stack([picture for _, picture in random.Random(seed).choices(self.train, k=len(held_out))])
+        again = model.reconstruct(pictures)
+        drawn = model.draw([[caption] for caption in captions], guidance_scales[0])
+        scores = {
+            **score_perplexity(model, "caption_ppl", captions, True),
+            **score_matching(model, captions, pictures, seed),
+            "vae_psnr": (psnr(again, pictures), "dB"),
+            "frechet": (
+                frechet(drawn, pictures),
+                f"floor {frechet(others, pictures):.4f}: other true pictures, {frechet(again, pictures):.4f}: VAE",
+            ),
+        }
+        for scale in guidance_scales[1:]:
+            drawn_at_scale = model.draw([[caption] for caption in captions], scale)
+            scores[f"frechet g={scale:g}"] = (frechet(drawn_at_scale, pictures), "")
+        return Report(len(held_out), scores, drawn, captions, [True] * len(captions))
 
 TASKS = {task.name: task for task in (Shapes, Text, Edit)}
+
+def make_task(run, image_size):
+    """The task that the options of train.py ask for. Raises ValueError, with one sentence, if it cannot be had."""
+    if run.data and run.task != Shapes.name:
+        raise ValueError(f"A folder of your own has its own task: leave out --task {run.task}, or --data.")
+    if run.data:
+        return Folder(run.data, image_size, run.caption_first, run.unconditional_share)
+    task = TASKS[run.task](run.caption_first, run.unconditional_share)
+    if image_size != task.image_size:
+        raise ValueError(f"The toy world has pictures of {task.image_size} pixels, but image_size is {image_size}.")
+    return task

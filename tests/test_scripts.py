@@ -25,7 +25,7 @@ from PIL import Image
 
 import sample
 import train
-from data import compare, shapes
+from data import compare, experiments, shapes
 from data.files import load_picture
 from data.tasks import TASKS
 from train import Muon, Run, Trained, learning_rate, load_checkpoint, make_optimizers, parse_options
@@ -195,6 +195,83 @@ def test_runs_are_compared(trained, chameleon, trained_on, tmp_path, capsys):
         assert both.width > progress.width * 0.95 and both.height > progress.height
     assert "no-such-run" in complaint(compare.main, tmp_path / "no-such-run")
 
+def test_experiments_train_what_is_missing_and_print_the_mean_over_seeds(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    table = experiments.Table("Rates", {"low": "low", "high": "high"}, {"low": "as here"}, ("text_ppl",), ("draw_acc",))
+    monkeypatch.setattr(experiments, "TABLES", {"rates": table})
+    monkeypatch.setattr(experiments, "RUNS", {"low": " ".join(TINY), "high": " ".join([*TINY, "--lr", "0.02"])})
+    call(experiments.main, "--seeds", "0", "1")
+    capsys.readouterr()
+    results = json.loads(Path("runs/experiments/results.json").read_text())
+    assert set(results) == {"low-0", "low-1", "high-0", "high-1"}
+    of_seeds = [metrics_of(Path(f"runs/experiments/low-{seed}")) for seed in (0, 1)]
+    perplexities = [metrics["scores"]["text_ppl"][0] for metrics in of_seeds]
+    assert [metrics["run"]["seed"] for metrics in of_seeds] == [0, 1] and perplexities[0] != perplexities[1]
+    with Image.open("runs/experiments/rates-draw_acc.png") as curves:
+        assert len(curves.getcolors(10**6)) > 8
+
+    # Nothing is trained twice; a run that was interrupted goes on; one with other options is trained anew.
+    times = {path: path.stat().st_mtime_ns for path in Path("runs/experiments").glob("*/ckpt.pt")}
+    printed = call(experiments.main, "--seeds", "0", "1")
+    low, high = printed.splitlines()[-2:]
+    assert f"{np.mean(perplexities):.3f} ({min(perplexities):.3f} to {max(perplexities):.3f})" in low
+    assert "as here" in low and "--lr 0.02" in high
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    Path("runs/experiments/results.json").unlink()
+    Path("runs/experiments/low-1/metrics.json").unlink()
+    call(experiments.main, "--seeds", "0", "1")
+    again = json.loads(Path("runs/experiments/results.json").read_text())
+    assert again["low-1"]["scores"] == results["low-1"]["scores"]
+    monkeypatch.setitem(experiments.RUNS, "low", " ".join([*TINY, "--lr", "0.005"]))
+    assert "move it away" in complaint(experiments.main, "--seeds", "0")
+    monkeypatch.setitem(experiments.RUNS, "low", " ".join([*TINY, "--noise-cap", "7"]))
+    assert "low-2.log" in complaint(experiments.main, "--seeds", "2", "--jobs", "1")
+
+# ---- Several processes -----------------------------------------------------------------------------------------------
+
+def run_two_processes(*options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               "--", str(ROOT / "train.py"), *map(str, options)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+def assert_nearly_the_same_run(a, b):
+    """The losses, the weights and the averaged weights are equal within rounding."""
+    a, b = (torch.load(directory / "ckpt.pt", weights_only=True) for directory in (a, b))
+    assert a["step"] == b["step"]
+    for row, other in zip(a["history"], b["history"], strict=True):
+        for name in ("loss_text", "loss_image"):
+            assert row[name] == pytest.approx(other[name], rel=1e-3), name
+    for weights in ("model", "ema"):
+        for name, value in a[weights].items():
+            torch.testing.assert_close(value, b[weights][name], rtol=0.02, atol=2e-3, msg=f"{weights} {name}")
+
+@pytest.mark.parametrize("model", ["transfusion", "chameleon"])
+def test_parts_of_a_batch_train_like_the_whole(model, tmp_path):
+    options = [*TINY, "--optimizer", "adamw", "--lr", "1e-3", "--model", model, "--eval-n", 4]
+    call(train.main, *options, "--run", tmp_path / "whole")
+    call(train.main, *options, "--run", tmp_path / "parts", "--accumulate", 3)  # 3, 3 and 2 documents
+    assert_nearly_the_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert "cannot be divided" in complaint(train.main, *options, "--run", tmp_path / "x", "--accumulate", 9)
+
+def test_two_processes_train_like_one_and_each_continues_the_other(tmp_path):
+    """8 steps in one process and in two, then 4 more in the other."""
+    first = [*TINY, "--lr", "1e-3", "--steps", 8, "--eval-n", 4, "--run"]
+    more = ["--resume", "--steps", 12, "--run"]
+    one, two, mixed = tmp_path / "one", tmp_path / "two", tmp_path / "mixed"
+    call(train.main, *first, one)
+    shutil.copytree(one, mixed)
+    out = run_two_processes(*first, two)
+    assert out.count("held-out examples") == 1 and not list(tmp_path.glob("two.*"))
+    assert_nearly_the_same_run(one, two)
+    call(train.main, *more, one)
+    call(train.main, *more, two)
+    run_two_processes(*more, mixed)
+    assert_nearly_the_same_run(one, two)
+    assert_nearly_the_same_run(one, mixed)
+
 # ---- Stopping and resuming ---------------------------------------------------------------------------------
 
 def as_plain(x):
@@ -262,10 +339,10 @@ def test_a_run_resumed_after_kill_9_equals_one_that_was_never_stopped_bit_for_bi
 def test_ctrl_c_before_the_first_evaluation_and_in_the_last_step(trained, tmp_path, monkeypatch, step):
     loss, calls = Transfusion.loss, count(1)
 
-    def interrupted_loss(self, documents):
+    def interrupted_loss(self, documents, *part):
         if next(calls) == step:
             os.kill(os.getpid(), signal.SIGINT)
-        return loss(self, documents)
+        return loss(self, documents, *part)
 
     monkeypatch.setattr(Transfusion, "loss", interrupted_loss)
     directory = tmp_path / "x"
@@ -337,8 +414,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_checkpoint_is_kept(trai
     def break_at(call_number, factor):
         calls = count(1)
 
-        def broken_loss(self, documents):
-            whole, *parts = loss(self, documents)
+        def broken_loss(self, documents, *part):
+            whole, *parts = loss(self, documents, *part)
             return whole * (factor if next(calls) == call_number else 1), *parts
 
         monkeypatch.setattr(Transfusion, "loss", broken_loss)
@@ -360,8 +437,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_checkpoint_is_kept(trai
 def test_a_gradient_that_is_not_finite_never_gets_into_a_checkpoint(tmp_path, monkeypatch):
     loss, calls = Transfusion.loss, count(1)
 
-    def broken_loss(self, documents):
-        whole, *parts = loss(self, documents)
+    def broken_loss(self, documents, *part):
+        whole, *parts = loss(self, documents, *part)
         if next(calls) == 8:  # an evaluation follows this step
             whole = whole + (self.lm_head.weight.sum() * 0).sqrt()  # this is 0, and its gradient nan
         return whole, *parts

@@ -619,6 +619,41 @@ def test_the_joint_loss_equals_one_computed_by_hand(kind, target, noise_cap):
         assert (eps.std((1, 2, 3)) - 1).abs().max() < 0.2 and eps.mean().abs() < 0.1
         assert eps.flatten(1).corrcoef().sub(torch.eye(5)).abs().max() < 0.3
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_losses_and_gradients_of_all_parts_add_up_to_those_of_the_batch(kind):
+    """Parts of different lengths, one of them without an image and one that has nothing else."""
+    model = tiny(**KINDS[kind]).requires_grad_(True)
+    documents = with_images([["a red circle above a blue square.", IMAGE], [IMAGE], ["a"], [IMAGE, "a", IMAGE],
+                             [IMAGE, "a dog."]], model.cfg)
+
+    def losses_and_gradient(part, n_parts):
+        torch.manual_seed(3)
+        model.zero_grad()
+        losses = torch.stack(model.loss(documents, part, n_parts))
+        losses[0].backward()
+        gradient = [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()]
+        return losses.detach(), torch.cat(gradient)
+
+    whole = losses_and_gradient(0, 1)
+    for n_parts in (2, 3, 5):
+        parts = [losses_and_gradient(part, n_parts) for part in range(n_parts)]
+        torch.testing.assert_close(sum(losses for losses, _ in parts), whole[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(sum(gradient for _, gradient in parts), whole[1], atol=1e-4, rtol=1e-3)
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_bf16_the_loss_is_nearly_the_same_and_trains(kind):
+    model = tiny(**KINDS[kind]).requires_grad_(True)
+    documents = with_images([["a red circle.", IMAGE], [IMAGE, "a"]], model.cfg)
+    losses = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, *_ = model.loss(documents)
+        losses.append(loss.item())
+    loss.backward()
+    assert losses[1] == pytest.approx(losses[0], rel=0.1) and losses[0] != losses[1]
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
 def test_noise_and_times_are_drawn_anew_for_each_batch():
     model = tiny()
     documents = with_images([["a", IMAGE]], model.cfg)

@@ -1,0 +1,251 @@
+"""The paper's tables at toy scale, with several seeds a row:
+
+    python -m data.experiments --list                  the tables, and how long they take
+    python -m data.experiments attention target        train what these two need, and print them as Markdown
+    python -m data.experiments --results data/results.json   print what was published, without training
+
+Every run trains on one thread and goes to runs/experiments. A run that has ended is not repeated, and one that was
+interrupted goes on. To add a row, add a line to RUNS and one to a table.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+from data import plots
+from data.files import save_png, write_atomically
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+DIRECTORY = Path("runs/experiments")
+
+# Options of train.py. All runs of the first group have about the FLOPs of the default, and those of the second group,
+# which learn more slowly, twice as many.
+RUNS = {
+    "default": "",
+    "causal": "--no-bidirectional",
+    "no-cap": "--noise-cap 1",
+    "4-patches": "--patch-size 4 --batch-size 52",
+    "64-patches": "--patch-size 1 --batch-size 13",
+    "chameleon": "--model chameleon --lr 8e-3 --steps 3100",
+    "text": "--task text",
+
+    "eps": "--steps 6600 --target eps",
+    "eps-unet": "--steps 4000 --target eps --patch-encoder unet",
+    "v": "--steps 6600 --target v",
+    "v-unet": "--steps 4000 --target v --patch-encoder unet",
+    "x0": "--steps 6600",
+    "x0-unet": "--steps 4000 --patch-encoder unet",
+    "x0-unet-causal": "--steps 4000 --patch-encoder unet --no-bidirectional",
+}
+RATES = "2e-3", "4e-3", "8e-3"
+for rate in RATES:  # the search of the learning rate, on validation
+    RUNS[f"default-{rate}"] = f"--steps 3300 --eval-split val --lr {rate}"
+    RUNS[f"chameleon-{rate}"] = f"--steps 3300 --eval-split val --lr {rate} --model chameleon"
+
+class Table(NamedTuple):
+    """`scores` are the columns; `curves` are those whose learning curves are drawn."""
+    title: str
+    rows: dict  # {what a row is: name of the run}
+    paper: dict  # {what a row is: what the paper found}
+    scores: tuple
+    curves: tuple = ()
+
+PICTURE_SCORES = "draw_acc", "frechet", "caption_acc"
+CURVES = "draw_acc", "caption_acc"
+TABLES = {
+    "models": Table(
+        "Transfusion and Chameleon (the paper's table 3)",
+        {"Transfusion": "default", "Chameleon": "chameleon"},
+        {"Transfusion": "FID 16.8, CIDEr 27.2, C4 7.72 (7B)", "Chameleon": "FID 29.6, CIDEr 18.0, C4 8.41"},
+        (*PICTURE_SCORES, "text_ppl"), CURVES,
+    ),
+    "text": Table(
+        "What images cost the text (the paper's table 4)",
+        {"text alone": "text", "Transfusion": "default", "Chameleon": "chameleon"},
+        {"text alone": "C4 10.1 (0.76B)", "Transfusion": "C4 10.4", "Chameleon": "C4 11.8"},
+        ("text_ppl", "text_acc"),
+    ),
+    "attention": Table(
+        "Attention inside images (the paper's table 5)",
+        {"causal, linear": "causal", "bidirectional, linear": "default",
+         "causal, U-Net": "x0-unet-causal", "bidirectional, U-Net": "x0-unet"},
+        {"causal, linear": "FID 61.3, CIDEr 12.7 (0.76B)", "bidirectional, linear": "FID 20.3, CIDEr 16.0",
+         "causal, U-Net": "FID 16.8, CIDEr 23.3", "bidirectional, U-Net": "FID 16.7, CIDEr 25.4"},
+        PICTURE_SCORES, CURVES,
+    ),
+    "patches": Table(
+        "Elements per image, linear patches (the paper's table 6)",
+        {"64": "64-patches", "16": "default", "4": "4-patches"},
+        {"64": "1024: FID 21.0, CIDEr 12.0 (0.76B)", "16": "256: FID 20.3, CIDEr 16.0",
+         "4": "64: FID 25.6, CIDEr 14.3"},
+        PICTURE_SCORES, CURVES,
+    ),
+    "noise-cap": Table(
+        "The noise cap (the paper's table 8)",
+        {"no cap": "no-cap", "t at most 0.5": "default"},
+        {"no cap": "CIDEr 25.4 (0.76B, U-Net)", "t at most 0.5": "CIDEr 29.4"},
+        PICTURE_SCORES,
+    ),
+    "target": Table(
+        "Target by patch encoder (not in the paper, whose target is eps)",
+        {"eps, linear": "eps", "eps, U-Net": "eps-unet", "v, linear": "v", "v, U-Net": "v-unet",
+         "x0, linear": "x0", "x0, U-Net": "x0-unet"},
+        {"eps, linear": "FID 20.3, CIDEr 16.0 (0.76B)", "eps, U-Net": "FID 16.7, CIDEr 25.4"},
+        PICTURE_SCORES, CURVES,
+    ),
+    "learning-rate": Table(
+        "The learning rate, on validation",
+        {f"{model}, {rate}": f"{run}-{rate}"
+         for (model, run), rate in product({"Transfusion": "default", "Chameleon": "chameleon"}.items(), RATES)},
+        {},
+        (*PICTURE_SCORES, "text_ppl"),
+    ),
+}
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+def is_finished(results, name, seed):
+    """Do the results have this run, with the options that it has today?"""
+    result = results.get(f"{name}-{seed}")
+    return result is not None and result["options"] == RUNS[name]
+
+def train(name, seed):
+    """Train a run to its end, or go on with it. Returns its result, or a sentence that says what went wrong."""
+    directory = DIRECTORY / f"{name}-{seed}"
+    options = ["--run", str(directory), "--seed", str(seed), *RUNS[name].split()]
+    if (directory / "ckpt.pt").is_file():
+        if json.loads((directory / "run.json").read_text())["command"] != " ".join(["python train.py", *options]):
+            return f"{directory} was trained with other options than RUNS has today: move it away."
+        options = ["--run", str(directory), "--resume"]
+    if not (directory / "metrics.json").is_file():
+        with open(DIRECTORY / f"{name}-{seed}.log", "a") as log:
+            one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+            code = subprocess.call([sys.executable, TRAIN, *options], stdout=log, stderr=log, env=one_thread)
+        if code != 0:
+            return f"{directory} was not trained to its end: see {log.name}."
+    return read_result(directory, RUNS[name])
+
+def read_result(directory, options):
+    """What results.json keeps of a run."""
+    metrics = json.loads((directory / "metrics.json").read_text())
+    header, *rows = [line.split(",") for line in (directory / "log.csv").read_text().splitlines()]
+    steps = metrics["run"]["steps"]
+    columns = {name: [float(row[i]) for row in rows] for i, name in enumerate(header) if name in ("step", *CURVES)}
+    columns["flops"] = [metrics["flops"] * step / steps for step in columns.pop("step")]
+    return {
+        "options": options,
+        "scores": metrics["scores"],
+        "flops": metrics["flops"],
+        "minutes": round(metrics["minutes"] + metrics["scoring_minutes"], 1),
+        "machine": f"{metrics['device']}, torch {metrics['torch']}",
+        "curves": columns,  # on 32 validation examples
+    }
+
+def train_all(missing, jobs, results, path):
+    """Train these (name, seed), several at once, and write the results whenever one has ended."""
+    complaints = []
+    DIRECTORY.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for (name, seed), result in zip(missing, pool.map(lambda run: train(*run), missing)):
+                if isinstance(result, str):
+                    complaints.append(result)
+                    continue
+                results[f"{name}-{seed}"] = result
+                save_results(results, path)
+                print(f"{name}, seed {seed}: {result['minutes']:.1f} minutes", flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            sys.exit("Stopped. The same command goes on from here.")
+    if complaints:
+        sys.exit("\n".join(complaints))
+
+def save_results(results, path):
+    text = json.dumps(dict(sorted(results.items())))
+    write_atomically(path, lambda temporary: temporary.write_text(text.replace('}, "', '},\n"') + "\n"))
+
+# ---- Tables and curves -----------------------------------------------------------------------------------------------
+
+def mean_and_range(values, digits=3):
+    """"0.985 (0.980 to 0.990)", or the value alone if there is one."""
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+def results_of(results, run):
+    """The results of all seeds of a run, with the options that it has today."""
+    of_run = [result for key, result in results.items() if key.rpartition("-")[0] == run]
+    return [result for result in of_run if result["options"] == RUNS[run]]
+
+def markdown(table, results):
+    """A table as Markdown. Rows without results are left out."""
+    header = ["", "options of train.py", *table.scores, "FLOPs / 10^12", "seeds", "the paper"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for label, run in table.rows.items():
+        found = results_of(results, run)
+        if not found:
+            continue
+        cells = [label, f"`{RUNS[run]}`"]
+        cells += [mean_and_range([result["scores"][score][0] for result in found]) for score in table.scores]
+        cells += [mean_and_range([found[0]["flops"] / 1e12], 1), str(len(found)), table.paper.get(label, "")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+def draw_curves(table, results, score):
+    """A Pillow image: the score over FLOPs, a thin line for each seed and a thick one for their mean."""
+    lines = {}
+    for label, run in table.rows.items():
+        curves = [(result["curves"]["flops"], result["curves"][score]) for result in results_of(results, run)]
+        if curves:
+            lines[label] = curves
+    return plots.learning_curves(lines, f"{score} on validation, over training FLOPs")
+
+def print_list(results, seeds):
+    for name, table in TABLES.items():
+        print(f"\n{name}: {table.title}")
+        for label, run in table.rows.items():
+            n_finished = sum(is_finished(results, run, seed) for seed in seeds)
+            found = results_of(results, run)
+            minutes = f"{found[0]['minutes']:.0f} minutes each" if found else "not trained yet"
+            print(f"  {label:24} {n_finished} of {len(seeds)} seeds, {minutes:22} {RUNS[run]}")
+
+def main(argv=None):
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)} [all]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each [%(default)s]")
+    parser.add_argument("--results", type=Path, default=DIRECTORY / "results.json",
+                        help="where results are collected; what it has is not trained [%(default)s]")
+    parser.add_argument("--curves", type=Path, default=DIRECTORY, help="directory of the curves [%(default)s]")
+    parser.add_argument("--list", action="store_true", help="only show the tables, their runs and times")
+    args = parser.parse_args(argv)
+    unknown = set(args.tables) - set(TABLES)
+    if unknown or args.jobs < 1:
+        parser.error(f"there is no table {', '.join(unknown)}" if unknown else "--jobs must be at least 1")
+    try:
+        results = json.loads(args.results.read_text()) if args.results.exists() else {}
+    except (OSError, ValueError) as error:
+        sys.exit(f"{args.results} cannot be read: {error}.")
+    if args.list:
+        print_list(results, args.seeds)
+        return
+
+    tables = {name: TABLES[name] for name in args.tables or TABLES}
+    runs = dict.fromkeys(run for table in tables.values() for run in table.rows.values())
+    missing = [(run, seed) for seed, run in product(args.seeds, runs) if not is_finished(results, run, seed)]
+    if missing:
+        print(f"Training {len(missing)} runs, {args.jobs} at once, to {DIRECTORY}.", flush=True)
+        train_all(missing, args.jobs, results, args.results)
+    args.curves.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        print(f"\n{table.title}\n\n{markdown(table, results)}")
+        for score in table.curves:
+            save_png(draw_curves(table, results, score), args.curves / f"{name}-{score}.png")
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Your own pictures and captions: train.py --data FOLDER
+
+Captions come from metadata.jsonl or metadata.csv (columns file_name and text), as in the ImageFolder convention; else
+from a .txt file of the same name beside each picture; else the name of its sub-folder is the caption. A folder that has
+train/ and validation/ brings its own split. Otherwise 5 % of the pictures are held out.
+"""
+
+import csv
+import hashlib
+import json
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from data.files import load_picture
+
+HELD_OUT = 0.05  # share of the pictures
+FEWEST = 20  # pictures without which there is nothing to learn from
+LONGEST = 1000  # characters of a caption
+
+def load_folder(folder, size):
+    """Returns (training pairs, held-out pairs), each a list of (caption, picture). Pictures are uint8 (size, size, 3).
+
+    Prints which pictures were skipped, and why. Raises ValueError, with one sentence, if the folder cannot be used.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
+    has_split = (folder / "train").is_dir() and (folder / "validation").is_dir()
+    parts = [folder / "train", folder / "validation"] if has_split else [folder]
+    pairs = [load_pairs(find_captions(part), size) for part in parts]
+    n_pairs = sum(map(len, pairs))
+    if n_pairs < FEWEST:
+        raise ValueError(f"{folder} has {n_pairs} readable pictures with captions, but needs at least {FEWEST}.")
+    train, held_out = pairs if has_split else split_by_content(pairs[0])
+    if min(len(train), len(held_out)) < 2:
+        raise ValueError(f"{folder} needs at least 2 different pictures to train on and 2 to hold out, "
+                         f"but has {len(train)} and {len(held_out)}.")
+    return train, held_out
+
+# ---- Which captions belong to which pictures? ------------------------------------------------------------------------
+
+def find_captions(folder):
+    """A list of (path of a picture, caption or the file with its caption)."""
+    for name, read in (("metadata.jsonl", read_jsonl), ("metadata.csv", read_csv)):
+        if (folder / name).is_file():
+            return [named_picture(folder, name, row) for row in read(folder / name)]
+    suffixes = Image.registered_extensions()  # of everything that Pillow can read
+    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    with_text = [(path, path.with_suffix(".txt")) for path in pictures if path.with_suffix(".txt").is_file()]
+    if with_text:
+        return with_text
+    return [(path, path.parent.name.replace("_", " ")) for path in pictures if path.parent != folder]
+
+def read_jsonl(file):
+    rows = []
+    for number, line in enumerate(read_text(file).splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                raise ValueError(f"Line {number} of {file} is not valid JSON.") from None
+    return rows
+
+def read_csv(file):
+    try:
+        return list(csv.DictReader(read_text(file).splitlines()))
+    except csv.Error as error:
+        raise ValueError(f"{file} is not valid CSV: {error}.") from None
+
+def read_text(file):
+    try:
+        return file.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as UTF-8: {error}.") from None
+
+def named_picture(folder, metadata, row):
+    """(path, caption) of a row of metadata. Files outside the folder are refused."""
+    names = [row.get(column) for column in ("file_name", "text")] if isinstance(row, dict) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{folder / metadata} needs file_name and text in every row, but one is {str(row)[:80]}.")
+    path = folder / names[0]
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder / metadata} names a file outside its folder: {names[0]}.")
+    return path, names[1]
+
+# ---- Reading the pictures --------------------------------------------------------------------------------------------
+
+def load_pairs(found, size):
+    """A list of (caption, picture), read in parallel. What cannot be read is skipped and listed."""
+    with ThreadPoolExecutor() as pool:
+        read = pool.map(lambda pair: load_pair(*pair, size), found)
+        loaded = list(tqdm(read, "reading pictures", len(found), disable=None))
+    skipped = [pair for pair in loaded if isinstance(pair, str)]
+    if skipped:
+        print(f"Skipped {len(skipped)} of {len(found)} pictures:")
+        for complaint in skipped[:20]:
+            print(f"  {complaint}")
+        if len(skipped) > 20:
+            print(f"  and {len(skipped) - 20} more")
+    return [pair for pair in loaded if not isinstance(pair, str)]
+
+def load_pair(path, caption, size):
+    """(caption, picture), or a sentence that says why it cannot be used."""
+    try:
+        caption = read_text(caption) if isinstance(caption, Path) else caption
+        caption = " ".join(caption.split())
+        if not 0 < len(caption) <= LONGEST:
+            return f"{path}: its caption has {len(caption)} characters, not 1 to {LONGEST}."
+        return caption, load_picture(path, size)
+    except ValueError as error:
+        return str(error)
+
+def split_by_content(pairs):
+    """Hold out the pictures with the smallest hashes. Exact copies have one hash, so they stay on one side."""
+    hashes = [hashlib.sha256(picture.tobytes()).hexdigest() for _, picture in pairs]
+    last = sorted(hashes)[max(2, round(HELD_OUT * len(pairs))) - 1]
+    train = [pair for pair, of_picture in zip(pairs, hashes) if of_picture > last]
+    held_out = [pair for pair, of_picture in zip(pairs, hashes) if of_picture <= last]
+    return train, held_out
+
+def frequent_words(captions, fewest=3, most=4000):
+    """The words that become tokens. All others are spelled in bytes."""
+    counts = Counter(word for caption in captions for word in caption_words(caption))
+    return sorted(word for word, n in counts.most_common(most) if n >= fewest)
+
+def caption_words(caption):
+    """The pieces of a caption that can be tokens: words after a space, and punctuation after a word."""
+    words = []
+    for word in caption.split():
+        stem = word.rstrip(".,;:!?")
+        words += [stem] if stem else []
+        words += list(word[len(stem):])
+    return words
