@@ -57,7 +57,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass
 class Config:
-    """Every field is an option of train.py, which shows the comment beside it as its help."""
+    """Every field is an option of train.py, which shows the comment beside it as its help.
+
+    Skim them at first: each is explained where it is used.
+    """
     model: str = "transfusion"  # or chameleon, the baseline with discrete images
     dim: int = 96  # width of the transformer
     n_layers: int = 4  # number of transformer blocks
@@ -99,8 +102,9 @@ N_SPECIAL = len(SPECIAL_TOKENS)  # token ids from here on are text
 def unconditional(document):
     """The document without its text: [text, image] becomes [image].
 
-    To draw with classifier-free guidance, the model predicts with the text and without it. So that
-    it knows this form, a share of the training documents has it, and is trained on like all others.
+    To draw with classifier-free guidance, the model predicts with the text and without it. To learn
+    the latter, train.py gives this form to a share of the training documents that have text before
+    an image. Nothing else changes for them.
     """
     return [part for part in document if not isinstance(part, str)]
 
@@ -159,7 +163,7 @@ def has_lm_loss(tokens, instruction_loss=True):
         n_boi = (tokens == BOI).cumsum(1)  # up to and including each position (B, T)
         is_between = (n_boi > 0) & (n_boi < n_boi[:, -1:])  # after the first BOI, before the last
         is_instruction = is_between & (tokens >= N_SPECIAL)
-        has_loss = has_loss & ~is_instruction[:, 1:]
+        has_loss = has_loss & ~is_instruction[:, 1:]  # targets are the tokens one position later
     return has_loss
 
 # ---- Diffusion -----------------------------------------------------------------------------------
@@ -181,9 +185,9 @@ def q_sample(x0, eps, t):
 def diffusion_target(x0, eps, t, target):
     """What the model should predict about x_t: the noise eps, the image x0, or the mixture v.
 
-    Given x_t, each of them determines the others. What differs is how much each t counts in the
-    loss: the squared error of eps is that of x0 times ab / (1 - ab). This goes to 0 near t = 1,
-    where the text decides what is drawn.
+    Given x_t, each of them determines the others: an error d of x0 is one of eps, of size
+    sqrt(ab / (1 - ab)) d. So the loss of eps hardly notices a wrong x0 near t = 1, where ab is
+    nearly 0 and the text decides what is drawn. The loss of x0 does.
 
     DEVIATION: the paper predicts eps (--target eps). With x0, a model of this size learns to draw
     in far fewer steps (data/README.md).
@@ -459,7 +463,11 @@ def next_token_losses(logits, tokens):
     return F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
 
 def comes_first_with_more_after(tokens, n_patches):
-    """Which images open their document, and are not all of it? (B, T) -> bool (M,)."""
+    """Which images open their document, and are not all of it? (B, T) -> bool (M,).
+
+    An image that is all of its document is the unconditional form, and the model must learn to draw
+    it from pure noise.
+    """
     row, boi_position = (tokens == BOI).nonzero(as_tuple=True)  # of each image, in reading order
     comes_first = boi_position == 1  # right after BOS
     position_after = boi_position + 1 + n_patches + 1  # after BOI, the patches and EOI
@@ -524,12 +532,15 @@ class Transfusion(nn.Module):
         t = torch.where(comes_first_with_more_after(tokens, self.cfg.n_patches), capped_t, t)
 
         eps = torch.randn_like(latents)
+
+        # The denominators, like the noise, are those of the whole batch.
         has_loss = has_lm_loss(tokens, self.cfg.instruction_loss)
         n_predicted = has_loss.sum().clamp(min=1)  # tokens with an LM loss
         n_noised = (t > 0).sum().clamp(min=1)  # t is 0 only for a capped image with noise_cap = 0
 
-        if n_parts > 1:
-            in_part = (tokens == BOI).nonzero()[:, 0] % n_parts == part  # of each image's row (M,)
+        if n_parts > 1:  # below, image_id says only which patches belong together
+            row = (tokens == BOI).nonzero()[:, 0]  # of each image (M,)
+            in_part = row % n_parts == part
             latents, t, eps = latents[in_part], t[in_part], eps[in_part]
             tokens, image_id, has_loss = (x[part::n_parts] for x in (tokens, image_id, has_loss))
 
@@ -609,7 +620,7 @@ def append_token(document, token, tokenizer):
     """Add a token of text to the end of a document, in place.
 
     Documents hold text, not tokens: the token is decoded here, and `pack` encodes the text again.
-    Single bytes that now spell a known word become the token of that word.
+    (The tokenizer has words and single bytes. Bytes that spell a known word become its token.)
     """
     if document and isinstance(document[-1], str):
         document[-1] = tokenizer.decode(tokenizer.encode(document[-1]) + [token])
@@ -863,7 +874,8 @@ class Chameleon(nn.Module):
     def loss(self, documents, part=0, n_parts=1):
         """The mean over text and codes, with the z-loss. Returns (loss, loss_text, loss_codes).
 
-        `part` and `n_parts`: as in Transfusion.loss.
+        There is a loss where Transfusion has one, and wherever the target is a code. EOI is
+        appended here too. `part` and `n_parts`: as in Transfusion.loss.
         """
         tokens = self.pack(documents)
         is_code = tokens[:, 1:] >= len(self.tokenizer)
