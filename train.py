@@ -393,8 +393,8 @@ def main(argv=None):
     eval_only = options.pop("eval_only", False)
     is_new = not resume and not eval_only
     on_interrupt("Stopped before training: " + ("nothing is saved." if is_new else "the checkpoint is unchanged."))
+    rank, n_processes = join_processes()  # before the device: each process has its own GPU
     device = pick_device(options.get("device", "auto"))
-    rank, n_processes = join_processes()
 
     # The output directory, by default named after the task or the baseline.
     default_name = "chameleon" if options.get("model") == "chameleon" else "shapes"

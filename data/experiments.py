@@ -2,7 +2,7 @@
 
     python -m data.experiments --list                  the tables, and how long they take
     python -m data.experiments attention target        train what these two need, and print them as Markdown
-    python -m data.experiments --results data/results.json   print what was published, without training
+    python -m data.experiments --show --results data/results.json     print the published results, without training
 
 Every run trains on one thread and goes to runs/experiments. A run that has ended is not repeated, and one that was
 interrupted goes on. To add a row, add a line to RUNS and one to a table.
@@ -35,8 +35,8 @@ RUNS = {
     "chameleon": "--model chameleon --lr 8e-3 --steps 3100",
     "text": "--task text",
 
-    "eps": "--steps 6600 --target eps",
-    "eps-unet": "--steps 4000 --target eps --patch-encoder unet",
+    "eps": "--steps 6600 --target eps --t-power 1",
+    "eps-unet": "--steps 4000 --target eps --t-power 1 --patch-encoder unet",
     "v": "--steps 6600 --target v",
     "v-unet": "--steps 4000 --target v --patch-encoder unet",
     "x0": "--steps 6600",
@@ -222,6 +222,7 @@ def main(argv=None):
     parser.add_argument("--results", type=Path, default=DIRECTORY / "results.json",
                         help="where results are collected; what it has is not trained [%(default)s]")
     parser.add_argument("--curves", type=Path, default=DIRECTORY, help="directory of the curves [%(default)s]")
+    parser.add_argument("--show", action="store_true", help="print the tables from the results, without training")
     parser.add_argument("--list", action="store_true", help="only show the tables, their runs and times")
     args = parser.parse_args(argv)
     unknown = set(args.tables) - set(TABLES)
@@ -238,13 +239,14 @@ def main(argv=None):
     tables = {name: TABLES[name] for name in args.tables or TABLES}
     runs = dict.fromkeys(run for table in tables.values() for run in table.rows.values())
     missing = [(run, seed) for seed, run in product(args.seeds, runs) if not is_finished(results, run, seed)]
-    if missing:
+    if missing and not args.show:
         print(f"Training {len(missing)} runs, {args.jobs} at once, to {DIRECTORY}.", flush=True)
         train_all(missing, args.jobs, results, args.results)
     args.curves.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         print(f"\n{table.title}\n\n{markdown(table, results)}")
-        for score in table.curves:
+        has_results = any(results_of(results, run) for run in table.rows.values())
+        for score in table.curves if has_results else ():
             save_png(draw_curves(table, results, score), args.curves / f"{name}-{score}.png")
 
 if __name__ == "__main__":

@@ -222,6 +222,8 @@ def test_experiments_train_what_is_missing_and_print_the_mean_over_seeds(tmp_pat
     call(experiments.main, "--seeds", "0", "1")
     again = json.loads(Path("runs/experiments/results.json").read_text())
     assert again["low-1"]["scores"] == results["low-1"]["scores"]
+    shown = call(experiments.main, "--show", "--seeds", "0", "1", "2")
+    assert shown.splitlines()[-2:] == [low, high] and not Path("runs/experiments/low-2").exists()
     monkeypatch.setitem(experiments.RUNS, "low", " ".join([*TINY, "--lr", "0.005"]))
     assert "move it away" in complaint(experiments.main, "--seeds", "0")
     monkeypatch.setitem(experiments.RUNS, "low", " ".join([*TINY, "--noise-cap", "7"]))
