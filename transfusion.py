@@ -32,8 +32,8 @@ patches:
 no prediction, because an image always has N patches: generation appends it. "t" is the noise level
 of an image, from 0 (clean) to 1 (pure noise). Every image has its own t, and the text after an
 image sees the noised image, and would learn nothing from pure noise. So an image that comes first,
-with something after it, is noised at most to the noise cap. An image after text has no cap: to
-learn to draw it, the model must see every t.
+with something after it, is noised at most to the noise cap. Every other image has no cap: the model
+must learn to draw it from pure noise, after text or, for guidance, without.
 
 The method ends with the section "Generation". After it come the tokenizer, the VAE, the baseline
 (Chameleon), and presets. `DEVIATION:` marks what differs from the paper, with the option that
@@ -148,7 +148,7 @@ def attention_mask(image_id, bidirectional=True):
     causal = torch.ones(T, T, dtype=torch.bool, device=image_id.device).tril()
     is_patch = image_id >= 0
     same_image = (image_id[:, :, None] == image_id[:, None, :]) & is_patch[:, :, None]  # (B, T, T)
-    mask = causal | same_image if bidirectional else causal.expand_as(same_image)
+    mask = (causal | same_image) if bidirectional else causal.expand_as(same_image)
     return mask[:, None]
 
 def has_lm_loss(tokens, instruction_loss=True):
@@ -162,8 +162,8 @@ def has_lm_loss(tokens, instruction_loss=True):
     if not instruction_loss:  # none where the target is text between two images: an instruction
         n_boi = (tokens == BOI).cumsum(1)  # up to and including each position (B, T)
         is_between = (n_boi > 0) & (n_boi < n_boi[:, -1:])  # after the first BOI, before the last
-        is_instruction = is_between & (tokens >= N_SPECIAL)
-        has_loss = has_loss & ~is_instruction[:, 1:]  # targets are the tokens one position later
+        is_instruction = is_between & (tokens >= N_SPECIAL)  # BOI after it keeps its loss
+        has_loss = has_loss & ~is_instruction[:, 1:]  # as targets, one position later
     return has_loss
 
 # ---- Diffusion -----------------------------------------------------------------------------------
@@ -221,9 +221,10 @@ def p_sample(xt, pred, t, t_next, target, eta=0.0):
     """
     ab, ab_next = alpha_bar(t), alpha_bar(t_next)
     x0 = predicted_x0(xt, pred, t, target)
-    x0 = x0.clamp(-5, 5)  # latents have variance 1; near t = 1, x0 from eps can be far off
+    x0 = x0.clamp(-5, 5)  # latents have variance 1 (VAE.encode); near t = 1, x0 from eps can be off
     eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()  # the noise that makes this x0 into x_t
-    beta = 1 - ab / ab_next  # variance of the noise that was added between t_next and t
+    alpha = ab / ab_next  # the share of x_t_next that is left in x_t, as a variance
+    beta = 1 - alpha  # the rest: variance of the noise that was added between t_next and t
     sigma = eta * (beta * (1 - ab_next) / (1 - ab)).sqrt()
     eps_scale = (1 - ab_next - sigma**2).clamp(min=0).sqrt()  # rounding can take it below 0
     return ab_next.sqrt() * x0 + eps_scale * eps + sigma * torch.randn_like(xt)
@@ -237,7 +238,10 @@ def training_times(n, t_power, device):
     return torch.rand(n, device=device) ** (1 / t_power)
 
 def sampling_times(steps, t_power):
-    """Times of denoising, from 1 to 0 (steps + 1,). NOT STATED: here as dense as in training."""
+    """Times of denoising, from 1 to 0 (steps + 1,). NOT STATED: here as dense as in training.
+
+    With t_power = 3 few of them are near 0: the last of 25 steps goes from 0.34 to 0.
+    """
     return torch.linspace(1, 0, steps + 1) ** (1 / t_power)
 
 def guide(with_text, without_text, guidance_scale):
@@ -504,7 +508,8 @@ class Transfusion(nn.Module):
         x = self.token_embedding(tokens)  # (B, T, D)
         patches, h_in = self.patch_encoder(latents, t)
         patches = patches + self.patch_position  # (M, N, D)
-        # Boolean indexing goes through the batch in reading order, and latents are in that order.
+        # The patches replace the embeddings of PATCH. Boolean indexing goes through the batch in
+        # reading order, and latents are in that order.
         x[is_patch] = patches.flatten(0, 1).to(x.dtype)
         x = self.transformer(x, attention_mask(image_id, self.cfg.bidirectional))
         logits = self.lm_head(x)
@@ -557,7 +562,10 @@ class Transfusion(nn.Module):
         return loss_lm + self.cfg.lambda_ddpm * loss_ddpm, loss_lm, loss_ddpm
 
     def logits(self, documents, end=True):
-        """Next-token logits (B, T, V) of documents with clean images, and their tokens (B, T)."""
+        """Next-token logits (B, T, V) of documents with clean images, and their tokens (B, T).
+
+        The images have t = 0 here. Training rarely shows that: there, t goes up to the noise cap.
+        """
         tokens, image_id, latents = self.pack(documents, end)
         logits, _ = self(tokens, image_id, latents, t=latents.new_zeros(len(latents)))
         return logits, tokens
@@ -647,7 +655,7 @@ def generate(model, documents, max_tokens=64, max_images=1, steps=50, guidance_s
             tokens = sample_tokens(next_token_logits(model, writing), temperature)
             still_writing = []
             for document, token in zip(writing, tokens.tolist()):
-                if token == BOI:
+                if token == BOI:  # not stored: `pack` puts it before the image
                     drawing.append(document)
                 elif token != EOS:
                     append_token(document, token, model.tokenizer)
@@ -768,7 +776,8 @@ class VAE(nn.Module):
 
 def encode_pictures(documents, vae):
     """Documents of str and pictures, uint8 (H, W, 3) -> documents of str and latents (or codes)."""
-    pictures = [torch.as_tensor(part) for document in documents for part in unconditional(document)]
+    parts = [part for document in documents for part in document]
+    pictures = [torch.as_tensor(part) for part in parts if not isinstance(part, str)]
     images = iter(vae.encode(torch.stack(pictures)) if pictures else [])
     return [
         [part if isinstance(part, str) else next(images) for part in document]
