@@ -154,7 +154,7 @@ def make_optimizers(model, run):
     groups = [
         {"params": [p for p in rest if p.dim() == 2], "weight_decay": run.weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-        # The convolutions of the U-Net learn best at half the rate.
+        # NOT STATED: a rate of its own for the U-Net. Its convolutions get half of the rate here.
         {"params": [p for p in rest if p.dim() > 2], "weight_decay": run.weight_decay, "lr_scale": 0.5},
     ]
     optimizers = [torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), eps=1e-8)]

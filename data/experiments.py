@@ -190,7 +190,7 @@ def markdown(table, results):
         found = results_of(results, run)
         if not found:
             continue
-        cells = [label, f"`{RUNS[run]}`"]
+        cells = [label, f"`{RUNS[run]}`" if RUNS[run] else "none"]
         cells += [mean_and_range([result["scores"][score][0] for result in found]) for score in table.scores]
         cells += [mean_and_range([found[0]["flops"] / 1e12], 1), str(len(found)), table.paper.get(label, "")]
         lines.append("| " + " | ".join(cells) + " |")

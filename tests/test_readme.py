@@ -1,5 +1,6 @@
 """What README.md and data/README.md say must be so: their commands, the names in their tables, their files."""
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 import sample
 import train
+from data import experiments
 from transfusion import Config
 
 ROOT = Path(__file__).parents[1]
@@ -18,9 +20,11 @@ COMMANDS = re.findall(r"python (train|sample)\.py([^\n`&|#)]*)", BOTH)
 NAMES = [f.name.replace("_", "-") for f in (*fields(Config), *fields(train.Run))]
 FIELDS = ["--" + name for name in NAMES] + ["--no-" + name for name in NAMES]
 
-def sample_options(capsys):
+TORCHRUN_OPTIONS = {"--standalone", "--nproc-per-node"}
+
+def options_of(main, capsys):
     with pytest.raises(SystemExit):
-        sample.main(["--help"])
+        main(["--help"])
     return set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
 
 def test_every_name_in_the_reading_map_is_in_the_file():
@@ -41,24 +45,45 @@ def test_every_file_that_is_linked_is_there():
             assert (folder / target).exists(), target
 
 def test_every_option_that_is_mentioned_exists(capsys):
-    options = {"train": {"--help", "--resume", "--eval-only", "--preset", *FIELDS}, "sample": sample_options(capsys)}
+    of_train = {"--help", "--resume", "--eval-only", "--preset", *FIELDS}
+    options = {"train": of_train, "sample": options_of(sample.main, capsys)}
     assert len(COMMANDS) >= 6
     for script, words in COMMANDS:
         assert set(re.findall(r"--[a-z-]+", words)) <= options[script], (script, words)
-    assert set(re.findall(r"(?<=[ `])--[a-z]+(?:-[a-z]+)*(?!-)\b", BOTH)) <= options["train"] | options["sample"]
+    mentioned = set(re.findall(r"(?<=[ `])--[a-z]+(?:-[a-z]+)*(?!-)\b", BOTH))
+    others = options_of(experiments.main, capsys) | TORCHRUN_OPTIONS
+    assert mentioned <= options["train"] | options["sample"] | others
 
 def test_the_training_commands_parse():
     words = [words for script, words in COMMANDS if script == "train" and "--help" not in words]
-    assert len(words) >= 10
+    assert len(words) >= 6
     for options in words:
         train.parse_options(options.split())
 
-def test_every_row_of_results_names_the_command_that_made_it():
-    rows = [line for line in DATA_README.splitlines() if line.startswith("|") and "`python train.py" in line]
-    for switch in ("`python train.py`", "--no-bidirectional", "--model chameleon"):
-        assert any(switch in row for row in rows), switch
-    for row in rows:
-        assert len(re.findall(r"\| *[0-9.]+ *(?=\|)", row)) >= 2, row
+def test_the_tables_are_those_that_the_command_prints_from_the_collected_results():
+    results = json.loads((ROOT / "data" / "results.json").read_text())
+    shown = 0
+    for name, table in experiments.TABLES.items():
+        rows = experiments.markdown(table, results).splitlines()
+        if len(rows) > 3:  # a table of one row compares nothing
+            assert "\n".join(rows) in DATA_README, name
+            shown += 1
+    assert shown >= 4
+    of_seeds = [results[f"default-{seed}"]["scores"] for seed in (0, 1, 2)]
+    for score in ("draw_acc", "caption_acc", "text_ppl", "frechet"):
+        assert " / ".join(f"{scores[score][0]:.3f}" for scores in of_seeds) in README, score
+        mean_of_chameleon = experiments.results_of(results, "chameleon")
+        mean = sum(result["scores"][score][0] for result in mean_of_chameleon) / len(mean_of_chameleon)
+        assert f"| {mean:.3f} |" in README, score
+
+def test_the_options_of_all_experiments_work():
+    for options in experiments.RUNS.values():
+        given = train.parse_options(options.split())
+        train.Run(**{name: value for name, value in given.items() if name in train.Run.__dataclass_fields__})
+    runs = {run for table in experiments.TABLES.values() for run in table.rows.values()}
+    assert runs <= set(experiments.RUNS)
+    for table in experiments.TABLES.values():
+        assert set(table.paper) <= set(table.rows)
 
 def test_the_example_in_the_readme_runs():
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
