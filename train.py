@@ -171,7 +171,7 @@ def learning_rate(run, step):
     return run.lr * min((step + 1) / run.warmup, cosine)
 
 def train_vae(vae, pictures, steps):
-    """Train the VAE on pictures, uint8 (M, H, W, 3), and freeze it."""
+    """Train the VAE on pictures, uint8 (M, H, W, 3)."""
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.95), weight_decay=0)
     bar = tqdm(range(steps), "VAE  ", disable=None)
     for step in bar:
@@ -185,7 +185,6 @@ def train_vae(vae, pictures, steps):
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.4f}")
     vae.calibrate(pictures[:1000])
-    vae.requires_grad_(False).eval()
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 
