@@ -89,7 +89,7 @@ def save_drawing(frames, directory):
     """Write the last of the frames, uint8 (steps, H, W, 3), as a PNG and all of them as a GIF. Returns both paths."""
     n = next(n for n in count(1) if not (directory / f"{n:03d}.png").exists())
     png, gif = directory / f"{n:03d}.png", directory / f"{n:03d}.gif"
-    save_png(plots.enlarge(frames[-1], max(1, 256 // frames.shape[1])), png)
+    save_png(plots.enlarge(frames[-1], 256), png)
     plots.save_gif(frames, gif)
     return png, gif
 

@@ -322,8 +322,8 @@ class Loss(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, documents, part, n_parts):
-        return self.model.loss(documents, part, n_parts)
+    def forward(self, documents, micro_batch, n_micro_batches):
+        return self.model.loss(documents, micro_batch, n_micro_batches)
 
 def join_processes():
     """Returns the number of this process and how many there are: (0, 1), unless torchrun started several."""
@@ -434,9 +434,9 @@ def main(argv=None):
             minutes_before = 0
     except ValueError as error:
         sys.exit(f"These options do not work: {error}.")
-    n_parts = n_processes * run.accumulate  # of a batch
-    if run.batch_size < n_parts:
-        sys.exit(f"A batch of {run.batch_size} documents cannot be divided into {n_parts} parts.")
+    n_micro_batches = n_processes * run.accumulate
+    if run.batch_size < n_micro_batches:
+        sys.exit(f"A batch of {run.batch_size} documents cannot be divided into {n_micro_batches} parts.")
     try:
         task = make_task(run, cfg.image_size)
     except ValueError as error:
@@ -506,13 +506,14 @@ def main(argv=None):
                     group["lr"] = learning_rate(run, step) * group.get("lr_scale", 1)
             step_losses = torch.zeros(3, device=device)  # loss, loss_text, loss_image
             for i in range(run.accumulate):
-                # All randomness of a step follows from its number: a resumed run repeats it, and all parts share it.
+                # The randomness of a step follows from its number, so a resumed run and all micro-batches repeat it.
                 torch.manual_seed(run.seed * 1_000_000 + step)
                 chosen = torch.randint(len(documents), (run.batch_size,)).tolist()
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    part_losses = loss_of([documents[j] for j in chosen], rank * run.accumulate + i, n_parts)
-                (n_processes * part_losses[0]).backward()  # the processes' gradients are averaged, not summed
-                step_losses += torch.stack(part_losses).detach()
+                    batch = [documents[j] for j in chosen]
+                    losses_of_part = loss_of(batch, rank * run.accumulate + i, n_micro_batches)
+                (n_processes * losses_of_part[0]).backward()  # the processes' gradients are averaged, not summed
+                step_losses += torch.stack(losses_of_part).detach()
             if n_processes > 1:
                 dist.all_reduce(step_losses)
             loss, loss_text, loss_image = step_losses.tolist()

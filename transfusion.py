@@ -29,15 +29,19 @@ patches:
         t                   t1     t1                                        t2     t2
 
 "predicts" is the token that the LM loss asks for at that position; "-" means no LM loss. EOI needs
-no prediction, because an image always has N patches: generation appends it. "t" is the noise level
-of an image, from 0 (clean) to 1 (pure noise). Every image has its own t, and the text after an
-image sees the noised image, and would learn nothing from pure noise. So an image that comes first,
-with something after it, is noised at most to the noise cap. Every other image has no cap: the model
-must learn to draw it from pure noise, after text or, for guidance, without.
+no prediction, because an image always has N patches: `pack` appends it. "t" is the noise level of
+an image, from 0 (clean) to 1 (pure noise). Every image has its own.
 
-The method ends with the section "Generation". After it come the tokenizer, the VAE, the baseline
-(Chameleon), and presets. `DEVIATION:` marks what differs from the paper, with the option that
-restores it if there is one. `NOT STATED:` marks what the paper leaves open.
+The text after an image sees the noised image, and a caption of pure noise would teach the model
+nothing. So in training, an image that opens a document and has something after it (the first image
+of the second and of the third document) is noised at most to the noise cap. Every other image can
+have any t up to 1, because the model must learn to draw it from pure noise: after text or, for
+guidance, without text, in documents that are just [image].
+
+The method ends with the section "Generation". After it come the tokenizer, the VAE, U-Net patches
+(the paper's alternative to linear ones), the baseline (Chameleon), and presets. `DEVIATION:` marks
+what differs from the paper, with the option that restores it if there is one. `NOT STATED:` marks
+what the paper leaves open.
 
 Shapes: B documents, T positions, M images in the batch, C x H x W latents, N patches per image,
 P numbers per patch, D width of the transformer, V size of the vocabulary.
@@ -57,7 +61,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass
 class Config:
-    """Every field is an option of train.py, which shows the comment beside it as its help.
+    """Every field is an option of train.py, and the comment beside it is its help text.
 
     Skim them at first: each is explained where it is used.
     """
@@ -69,13 +73,13 @@ class Config:
     qk_norm: bool = True  # normalise queries and keys; Chameleon always does
     bidirectional: bool = True  # the patches of an image see each other; off: causal attention only
     target: str = "x0"  # what the model predicts of a noised image: eps, v or x0
-    t_power: float = 3.0  # uncapped t is u ** (1 / t_power), u uniform; 1: uniform, 3: noisier
+    t_power: float = 3.0  # distribution of t in training: 1 is uniform, more prefers noisier images
     patch_encoder: str = "linear"  # between latents and transformer: linear or unet
     unet_dim: int = 32  # channels of the U-Net at full resolution, doubled at each halving
     patch_position: bool = True  # learned embedding of the position of a patch in its image
     lambda_ddpm: float = 5.0  # weight of the diffusion loss
-    noise_cap: float = 0.5  # largest t of an image that comes first, with something after it
-    instruction_loss: bool = True  # LM loss on text between two images; train.py --task edit: off
+    noise_cap: float = 0.5  # largest t of an image that comes first and has something after it
+    instruction_loss: bool = True  # LM loss on text between two images (the edit task turns it off)
     image_size: int = 32  # pixels per side of a picture
     latent_size: int = 8  # latents per side of an image
     latent_channels: int = 4  # channels of the latents
@@ -87,7 +91,7 @@ class Config:
     z_loss: float = 1e-5  # Chameleon: weight of log(Z)^2, with Z the denominator of the softmax
 
     def __post_init__(self):
-        check_config(self)
+        check_config(self)  # raises ValueError; at the end of the file
         self.grid = self.latent_size // self.patch_size  # patches per side of an image
         self.n_patches = self.grid**2
         self.patch_dim = self.latent_channels * self.patch_size**2
@@ -102,9 +106,12 @@ N_SPECIAL = len(SPECIAL_TOKENS)  # token ids from here on are text
 def unconditional(document):
     """The document without its text: [text, image] becomes [image].
 
+    And [image, instruction, image] becomes [image, image]: only the text is what guidance is about.
+
     To draw with classifier-free guidance, the model predicts with the text and without it. To learn
-    the latter, train.py gives this form to a share of the training documents that have text before
-    an image. Nothing else changes for them.
+    the latter, train.py replaces some of the training documents in which text comes before an image
+    by this form: a random tenth of them (--unconditional-share). Their losses are those of any
+    other document.
     """
     return [part for part in document if not isinstance(part, str)]
 
@@ -113,7 +120,7 @@ def pack(documents, tokenizer, cfg, end=True):
 
     Returns
         tokens    (B, T) int64    token ids; PATCH at the position of a patch; PAD on the right
-        image_id  (B, T) int64    -1 for text; for a patch, the index of its image in latents
+        image_id  (B, T) int64    for a patch, the index of its image in latents; elsewhere -1
         latents   (M, C, H, W)    all images of the batch, in reading order
     """
     all_tokens, all_image_ids, images = [], [], []
@@ -154,40 +161,43 @@ def attention_mask(image_id, bidirectional=True):
 def has_lm_loss(tokens, instruction_loss=True):
     """Which positions have an LM loss? (B, T) -> bool (B, T - 1), for all positions but the last.
 
-    Not at BOI and at patches: what follows is an image, or the EOI that `pack` appends. And not
-    where padding follows.
+    None at BOI and at patches: what comes next is a patch, or the EOI that `pack` always appends.
+    None where padding comes next. Without `instruction_loss`, the text between the first and the
+    last image is not a target either: it is an instruction, which a user writes, not the model.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     has_loss = (inputs != BOI) & (inputs != PATCH) & (targets != PAD)
-    if not instruction_loss:  # none where the target is text between two images: an instruction
-        n_boi = (tokens == BOI).cumsum(1)  # up to and including each position (B, T)
-        is_between = (n_boi > 0) & (n_boi < n_boi[:, -1:])  # after the first BOI, before the last
-        is_instruction = is_between & (tokens >= N_SPECIAL)  # BOI after it keeps its loss
-        has_loss = has_loss & ~is_instruction[:, 1:]  # as targets, one position later
+    if not instruction_loss:
+        n_boi = (tokens == BOI).cumsum(1)  # of an edit: 0 from BOS, 1 from the first BOI, 2 ...
+        is_between = (n_boi > 0) & (n_boi < n_boi[:, -1:])  # 1 is between the first and the last
+        is_instruction = is_between & (tokens >= N_SPECIAL)  # only its text, not BOI and EOI
+        has_loss = has_loss & ~is_instruction[:, 1:]  # [:, 1:] are the targets
     return has_loss
 
 # ---- Diffusion -----------------------------------------------------------------------------------
 
 def alpha_bar(t):
-    """The share of signal in the variance of x_t. Times (M,) -> (M, 1, 1, 1), to multiply images.
+    """The share of signal in the variance of x_t: times (M,) -> (M, 1, 1, 1).
 
     Cosine schedule (section 2.2): sqrt(alpha_bar) = cos(t * pi / 2). Our t is continuous, and the
-    paper's step is 1000 t. The bounds avoid divisions by zero. (Any schedule that falls from 1 to 0
-    works here, but t_power, noise_cap and the clamp in `p_sample` were chosen for this one.)
+    paper's step is 1000 t. The bounds avoid divisions by zero. Any other schedule that falls from 1
+    to 0 can take its place, but the defaults of t_power and noise_cap were chosen for this one.
     """
     return torch.cos(t * math.pi / 2).square().clamp(1e-6, 1 - 1e-6)[:, None, None, None]
 
 def q_sample(x0, eps, t):
-    """Section 2.2: add noise eps ~ N(0, 1) to images x0, both (M, C, H, W), as at times t (M,)."""
+    """Section 2.2: add noise eps ~ N(0, 1) to images x0, both (M, C, H, W), for times t (M,)."""
     ab = alpha_bar(t)
     return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
 
 def diffusion_target(x0, eps, t, target):
-    """What the model should predict about x_t: the noise eps, the image x0, or the mixture v.
+    """What the model should predict about x_t: the noise eps, the image x0, or the mixture v
+    (v-prediction, arXiv 2202.00512).
 
-    Given x_t, each of them determines the others: an error d of x0 is one of eps, of size
-    sqrt(ab / (1 - ab)) d. So the loss of eps hardly notices a wrong x0 near t = 1, where ab is
-    nearly 0 and the text decides what is drawn. The loss of x0 does.
+    x_t = sqrt(ab) x0 + sqrt(1 - ab) eps, so x_t and one of them determine the other two. The noise
+    that x0 + d would imply differs from eps by sqrt(ab / (1 - ab)) d. Near t = 1 this is almost
+    nothing, however wrong the image x0 + d is. But near t = 1 the text decides what is drawn. So a
+    loss on eps hardly punishes an image that ignores the text. A loss on x0 does.
 
     DEVIATION: the paper predicts eps (--target eps). With x0, a model of this size learns to draw
     in far fewer steps (data/README.md).
@@ -200,47 +210,50 @@ def diffusion_target(x0, eps, t, target):
     return x0
 
 def predicted_x0(xt, pred, t, target):
-    """Solve x_t = sqrt(ab) x0 + sqrt(1 - ab) eps for x0, given what the model predicts."""
+    """Solve x_t = sqrt(ab) x0 + sqrt(1 - ab) eps for x0, from the prediction of eps, v or x0."""
     ab = alpha_bar(t)
     if target == "eps":
         return (xt - (1 - ab).sqrt() * pred) / ab.sqrt()
-    if target == "v":  # insert x_t and v: the eps cancel, and ab x0 + (1 - ab) x0 is left
+    if target == "v":  # with x_t and v written out, eps cancels, and ab x0 + (1 - ab) x0 is left
         return ab.sqrt() * xt - (1 - ab).sqrt() * pred
     return pred
 
 def p_sample(xt, pred, t, t_next, target, eta=0.0):
     """One denoising step, t to t_next < t, (M,) or (1,): equation 12 of DDIM (arXiv 2010.02502).
 
-    x_t_next = sqrt(ab_next) x0 + sqrt(1 - ab_next - sigma^2) eps + sigma * fresh noise. Both noise
-    terms together have variance 1 - ab_next. With eta = 0 (DDIM) sigma is 0, and this is q_sample
-    with the predicted x0 and eps. With eta = 1 (DDPM's ancestral sampler) sigma^2 is the variance
-    of the posterior q(x_t_next | x_t, x0).
+    Take the x0 and the eps that the prediction stands for, and mix them again as at t_next. With
+    eta = 0 (DDIM, the default) that is all, and sigma is 0. Otherwise fresh noise of variance
+    sigma^2 replaces a part of eps: together they still have variance 1 - ab_next. With eta = 1
+    (DDPM's ancestral sampler) sigma^2 is the variance of the posterior q(x_t_next | x_t, x0).
 
     NOT STATED: which sampler the paper uses. DEVIATION: 25 to 50 steps of DDIM are enough here. The
     paper takes 250 steps (sample.py --steps 250 --eta 1).
     """
     ab, ab_next = alpha_bar(t), alpha_bar(t_next)
     x0 = predicted_x0(xt, pred, t, target)
-    x0 = x0.clamp(-5, 5)  # latents have variance 1 (VAE.encode); near t = 1, x0 from eps can be off
+    x0 = x0.clamp(-5, 5)  # latents have variance 1 (VAE.encode), but near t = 1 sqrt(ab) is tiny
     eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()  # the noise that makes this x0 into x_t
-    alpha = ab / ab_next  # the share of x_t_next that is left in x_t, as a variance
-    beta = 1 - alpha  # the rest: variance of the noise that was added between t_next and t
-    sigma = eta * (beta * (1 - ab_next) / (1 - ab)).sqrt()
+
+    # Adding noise from t_next to t is x_t = sqrt(alpha) x_t_next + sqrt(beta) noise.
+    alpha = ab / ab_next
+    beta = 1 - alpha
+    sigma = eta * (beta * (1 - ab_next) / (1 - ab)).sqrt()  # 0 if eta is 0
     eps_scale = (1 - ab_next - sigma**2).clamp(min=0).sqrt()  # rounding can take it below 0
     return ab_next.sqrt() * x0 + eps_scale * eps + sigma * torch.randn_like(xt)
 
 def training_times(n, t_power, device):
-    """Random times (n,).
+    """Random times (n,), with density t_power * t^(t_power - 1).
 
-    NOT STATED: their distribution. In DDPM it is uniform (t_power = 1). With t_power = 3 the
-    density is 3 t^2: more of the noisy times, at which the text decides what is drawn.
+    NOT STATED: their distribution. In DDPM it is uniform (t_power = 1). A larger t_power prefers
+    noisy images, for which the text decides what is drawn.
     """
     return torch.rand(n, device=device) ** (1 / t_power)
 
 def sampling_times(steps, t_power):
-    """Times of denoising, from 1 to 0 (steps + 1,). NOT STATED: here as dense as in training.
+    """Times of denoising, from 1 to 0 (steps + 1,).
 
-    With t_power = 3 few of them are near 0: the last of 25 steps goes from 0.34 to 0.
+    NOT STATED: their spacing. Here they are quantiles of the training times: where many times are
+    trained on, many steps are taken. With t_power = 3, the last of 25 steps goes from 0.34 to 0.
     """
     return torch.linspace(1, 0, steps + 1) ** (1 / t_power)
 
@@ -290,7 +303,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        hidden = 32 * max(1, round(cfg.dim * 8 / 3 / 32))
+        hidden = 32 * max(1, round(cfg.dim * 8 / 3 / 32))  # 8/3 D, a multiple of 32
         self.w1 = nn.Linear(cfg.dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, cfg.dim, bias=False)
         self.w3 = nn.Linear(cfg.dim, hidden, bias=False)
@@ -332,29 +345,29 @@ def init_matrices(module, n_layers):
             ends_branch = name.endswith(("wo.weight", "w2.weight"))
             nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layers) if ends_branch else 0.02)
 
-# ---- Patch encoders and decoders -----------------------------------------------------------------
+# ---- Linear patches ------------------------------------------------------------------------------
 
-def patchify(latents, p):
-    """(M, C, H, W) -> (M, N, P): squares of p x p latents in raster order, each as a vector."""
+def patchify(latents, size):
+    """(M, C, H, W) -> (M, N, P): squares of size x size latents in raster order, as vectors."""
     M, C, H, W = latents.shape
-    squares = latents.reshape(M, C, H // p, p, W // p, p)
-    squares = squares.permute(0, 2, 4, 3, 5, 1)  # (M, H / p, W / p, p, p, C)
-    return squares.reshape(M, (H // p) * (W // p), p * p * C)
+    squares = latents.reshape(M, C, H // size, size, W // size, size)
+    squares = squares.permute(0, 2, 4, 3, 5, 1)  # (M, H / size, W / size, size, size, C)
+    return squares.reshape(M, (H // size) * (W // size), size * size * C)
 
-def unpatchify(patches, p, grid):
+def unpatchify(patches, size, grid):
     """The inverse of patchify for images of grid x grid patches: (M, N, P) -> (M, C, H, W)."""
     M, N, P = patches.shape
-    C = P // p**2
-    squares = patches.reshape(M, grid, grid, p, p, C)
-    squares = squares.permute(0, 5, 1, 3, 2, 4)  # (M, C, grid, p, grid, p)
-    return squares.reshape(M, C, grid * p, grid * p)
+    C = P // size**2
+    squares = patches.reshape(M, grid, grid, size, size, C)
+    squares = squares.permute(0, 5, 1, 3, 2, 4)  # (M, C, grid, size, grid, size)
+    return squares.reshape(M, C, grid * size, grid * size)
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of t, counted in 1000 steps, then a small MLP: (M,) -> (M, out_dim)."""
+    """Sinusoids of 1000 t, the paper's timestep, then a small MLP: (M,) -> (M, out_dim)."""
 
     def __init__(self, out_dim, n_frequencies=64):
         super().__init__()
-        frequency = 1000 * 10000 ** -torch.linspace(0, 1, n_frequencies)
+        frequency = 1000 * 10000 ** -torch.linspace(0, 1, n_frequencies)  # from 1000 to 0.1
         self.register_buffer("frequency", frequency, persistent=False)
         self.mlp = nn.Sequential(
             nn.Linear(2 * n_frequencies, 128), nn.SiLU(), nn.Linear(128, out_dim)
@@ -367,8 +380,9 @@ class TimeEmbedding(nn.Module):
 class LinearPatchEncoder(nn.Module):
     """Section 3: add the embedding of t to every patch, then apply one linear layer.
 
-    With this encoder, t enters the model only here. Every encoder returns the embeddings of the
-    patches, and h_in: what its decoder gets directly, past the transformer. Here that is nothing.
+    With this encoder, t enters the model only here. An encoder returns the embeddings of the
+    patches, and h_in, the skip connections that go around the transformer to the decoder. Only the
+    U-Net has them: here h_in is None.
     """
 
     def __init__(self, cfg):
@@ -390,76 +404,6 @@ class LinearPatchDecoder(nn.Module):
     def forward(self, x, h_in):
         return unpatchify(self.linear(x), self.patch_size, self.grid)  # (M, C, H, W)
 
-class ResBlock(nn.Module):
-    """Like DDPM's residual block: two convolutions, the embedding of t added between them."""
-
-    def __init__(self, n_in, n_out, time_dim):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(1, n_in)
-        self.conv1 = nn.Conv2d(n_in, n_out, 3, padding=1)
-        self.time = nn.Linear(time_dim, n_out)
-        self.norm2 = nn.GroupNorm(1, n_out)
-        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1)
-        self.shortcut = nn.Conv2d(n_in, n_out, 1)
-
-    def forward(self, x, time):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time(time)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.shortcut(x) + h
-
-class UNetDown(nn.Module):
-    """The paper's other patch encoder: the first half of a U-Net, from latents and t to patches.
-
-    It halves the resolution log2(patch_size) times, until each patch is one pixel. Its features at
-    all resolutions, and the embedding of t, are h_in: they bypass the transformer.
-    """
-
-    def __init__(self, cfg, time_dim=128):
-        super().__init__()
-        n_resolutions = 1 + int(math.log2(cfg.patch_size))
-        widths = [cfg.unet_dim * 2**i for i in range(n_resolutions)]
-        self.time = TimeEmbedding(time_dim)
-        self.first = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
-        self.blocks = nn.ModuleList(ResBlock(width, width, time_dim) for width in widths)
-        self.downsample = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
-        self.last = nn.Linear(widths[-1], cfg.dim)
-
-    def forward(self, latents, t):
-        time = self.time(t)
-        x = self.first(latents)
-        skips = []
-        for block, downsample in zip(self.blocks, [*self.downsample, nn.Identity()]):
-            x = block(x, time)
-            skips.append(x)  # (M, width, H / 2^i, W / 2^i)
-            x = downsample(x)
-        x = x.flatten(2).transpose(1, 2)  # (M, N, width)
-        return self.last(x), (time, skips)  # (M, N, D)
-
-class UNetUp(nn.Module):
-    """The second half of the U-Net: from the transformer's output and h_in to a prediction."""
-
-    def __init__(self, cfg, time_dim=128):
-        super().__init__()
-        self.grid = cfg.grid
-        n_resolutions = 1 + int(math.log2(cfg.patch_size))
-        widths = [cfg.unet_dim * 2**i for i in reversed(range(n_resolutions))]
-        self.first = nn.Linear(cfg.dim, widths[0])
-        self.blocks = nn.ModuleList(ResBlock(2 * width, width, time_dim) for width in widths)
-        self.upsample = nn.ModuleList(
-            nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairwise(widths)
-        )
-        self.last = nn.Conv2d(widths[-1], cfg.latent_channels, 3, padding=1)
-
-    def forward(self, x, h_in):
-        time, skips = h_in
-        x = self.first(x).transpose(1, 2)  # (M, width, N)
-        x = x.unflatten(2, (self.grid, self.grid))
-        for block, skip, upsample in zip(self.blocks, skips[::-1], [*self.upsample, nn.Identity()]):
-            x = block(torch.cat([x, skip], dim=1), time)
-            x = upsample(x)
-        return self.last(x)  # (M, C, H, W)
-
 # ---- Transfusion ---------------------------------------------------------------------------------
 
 def next_token_losses(logits, tokens):
@@ -467,7 +411,7 @@ def next_token_losses(logits, tokens):
     return F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
 
 def comes_first_with_more_after(tokens, n_patches):
-    """Which images open their document, and are not all of it? (B, T) -> bool (M,).
+    """Which images come first in their document and have something after them? (B, T) -> bool (M,).
 
     An image that is all of its document is the unconditional form, and the model must learn to draw
     it from pure noise.
@@ -475,7 +419,7 @@ def comes_first_with_more_after(tokens, n_patches):
     row, boi_position = (tokens == BOI).nonzero(as_tuple=True)  # of each image, in reading order
     comes_first = boi_position == 1  # right after BOS
     position_after = boi_position + 1 + n_patches + 1  # after BOI, the patches and EOI
-    return comes_first & (tokens[row, position_after] != EOS)
+    return comes_first & (tokens[row, position_after] != EOS)  # training documents end with EOS
 
 class Transfusion(nn.Module):
     def __init__(self, cfg, tokenizer):
@@ -485,7 +429,7 @@ class Transfusion(nn.Module):
         # DEVIATION: patches have a learned embedding of their position in the image. The paper
         # mentions only the RoPE of their raster order in the sequence (--no-patch-position).
         if cfg.patch_position:
-            self.patch_position = nn.Parameter(torch.empty(cfg.n_patches, cfg.dim))  # init below
+            self.patch_position = nn.Parameter(torch.empty(cfg.n_patches, cfg.dim))
         else:
             self.patch_position = 0
         self.transformer = Transformer(cfg)
@@ -494,7 +438,7 @@ class Transfusion(nn.Module):
             self.patch_encoder = LinearPatchEncoder(cfg)
             self.patch_decoder = LinearPatchDecoder(cfg)
         init_matrices(self, cfg.n_layers)
-        if cfg.patch_encoder == "unet":  # the U-Net keeps PyTorch's initialisation
+        if cfg.patch_encoder == "unet":  # the U-Net has PyTorch's own initialisation
             self.patch_encoder = UNetDown(cfg)
             self.patch_decoder = UNetUp(cfg)
 
@@ -520,13 +464,11 @@ class Transfusion(nn.Module):
         batch = pack(documents, self.tokenizer, self.cfg, end)
         return [tensor.to(self.lm_head.weight.device) for tensor in batch]
 
-    def loss(self, documents, part=0, n_parts=1):
+    def loss(self, documents, micro_batch=0, n_micro_batches=1):
         """Section 3, training objective: L = L_LM + lambda * L_DDPM.
 
-        The documents have clean latents, and for guidance some have no text (train.py's option
-        --unconditional-share). Returns (loss, loss_lm, loss_ddpm). With n_parts > 1, it runs only
-        the documents part, part + n_parts, ...: the losses of all parts add up to those of the
-        whole, so that several processes can share a batch.
+        The documents have clean latents. Returns (loss, loss_lm, loss_ddpm). For the other two
+        arguments, which a first reading can skip, see `select_micro_batch`.
         """
         tokens, image_id, latents = self.pack(documents)
 
@@ -538,23 +480,21 @@ class Transfusion(nn.Module):
 
         eps = torch.randn_like(latents)
 
-        # The denominators, like the noise, are those of the whole batch.
+        # The denominators of both losses.
         has_loss = has_lm_loss(tokens, self.cfg.instruction_loss)
         n_predicted = has_loss.sum().clamp(min=1)  # tokens with an LM loss
-        n_noised = (t > 0).sum().clamp(min=1)  # t is 0 only for a capped image with noise_cap = 0
+        n_noised = (t > 0).sum().clamp(min=1)  # with noise_cap = 0, capped images have no loss
 
-        if n_parts > 1:  # below, image_id says only which patches belong together
-            row = (tokens == BOI).nonzero()[:, 0]  # of each image (M,)
-            in_part = row % n_parts == part
-            latents, t, eps = latents[in_part], t[in_part], eps[in_part]
-            tokens, image_id, has_loss = (x[part::n_parts] for x in (tokens, image_id, has_loss))
-
+        if n_micro_batches > 1:
+            tokens, image_id, has_loss, latents, t, eps = select_micro_batch(
+                micro_batch, n_micro_batches, tokens, image_id, has_loss, latents, t, eps
+            )
         xt = q_sample(latents, eps, t)  # the latents are noised, before they become patches
         logits, pred = self(tokens, image_id, xt, t)
 
         # Diffusion loss: the mean squared error of each image, then the mean over noised images.
-        wanted = diffusion_target(latents, eps, t, self.cfg.target)
-        error = (pred - wanted).square().mean((1, 2, 3))  # (M,)
+        target = diffusion_target(latents, eps, t, self.cfg.target)
+        error = (pred - target).square().mean((1, 2, 3))  # (M,)
         loss_ddpm = (error * (t > 0)).sum() / n_noised
 
         # LM loss: the mean over the positions of the whole batch that predict a token.
@@ -564,17 +504,17 @@ class Transfusion(nn.Module):
     def logits(self, documents, end=True):
         """Next-token logits (B, T, V) of documents with clean images, and their tokens (B, T).
 
-        The images have t = 0 here. Training rarely shows that: there, t goes up to the noise cap.
+        The images have t = 0 here. Training differs: there they are noised as well, the first one
+        up to noise_cap, and later ones to any t.
         """
         tokens, image_id, latents = self.pack(documents, end)
         logits, _ = self(tokens, image_id, latents, t=latents.new_zeros(len(latents)))
         return logits, tokens
 
     def predict_last_image(self, documents, t):
-        """The prediction (B, C, H, W) for the last image of each document, which is noised to t.
+        """The prediction (B, C, H, W) for the last image of each document, all noised to one t.
 
-        The images before it are clean, with t = 0. Training differs: there they are noised as well,
-        the first one up to noise_cap, and later ones to any t.
+        The images before it are clean, with t = 0, which differs from training as in `logits`.
         """
         tokens, image_id, latents = self.pack(documents, end=False)
         last = image_id.amax(1)  # (B,) the index in latents of each document's last image
@@ -586,7 +526,7 @@ class Transfusion(nn.Module):
     def draw(self, documents, steps, guidance_scale, eta):
         """Diffusion mode: append noise to each document, in place, and denoise it step by step.
 
-        It yields at every step, so that the caller can look at the documents. Each step runs the
+        It yields at every step, so that the caller can show the documents. Each step runs the
         whole sequence. A key-value cache would save the part before the image, but that is short
         here: a cache pays only with long texts or many images.
         """
@@ -597,7 +537,7 @@ class Transfusion(nn.Module):
         for t, t_next in pairwise(sampling_times(steps, self.cfg.t_power).to(device)):
             pred = self.predict_last_image(documents, t)
             if guidance_scale != 1:
-                without_text = [unconditional(document) for document in documents]  # keeps images
+                without_text = [unconditional(document) for document in documents]
                 pred = guide(pred, self.predict_last_image(without_text, t), guidance_scale)
             xt = p_sample(xt, pred, t[None], t_next[None], self.cfg.target, eta)
             for document, image in zip(documents, xt):
@@ -628,7 +568,8 @@ def append_token(document, token, tokenizer):
     """Add a token of text to the end of a document, in place.
 
     Documents hold text, not tokens: the token is decoded here, and `pack` encodes the text again.
-    (The tokenizer has words and single bytes. Bytes that spell a known word become its token.)
+    (What is not a known word is written in bytes. Bytes that together spell a known word then
+    become its token, which does no harm.)
     """
     if document and isinstance(document[-1], str):
         document[-1] = tokenizer.decode(tokenizer.encode(document[-1]) + [token])
@@ -638,15 +579,17 @@ def append_token(document, token, tokenizer):
 @torch.no_grad()
 def generate(model, documents, max_tokens=64, max_images=1, steps=50, guidance_scale=2.0, eta=0.0,
              temperature=0.0):
-    """Section 3, inference: continue documents until EOS. The model itself decides when to draw.
+    """Section 3, inference: continue documents of str and latents until EOS.
 
-    Yields the list of all documents after every token and every denoising step: always the same
-    list, which grows. A document also ends after max_tokens of text without BOI, or when the model
-    predicts BOI although max_images have been drawn.
+    The model itself decides when to draw: by predicting BOI.
+
+    Yields the list of all documents after every token and every denoising step. It is always the
+    same list, and its documents grow. A document also ends after max_tokens of text without BOI, or
+    when the model predicts BOI although max_images have been drawn.
     """
-    documents = [list(document) for document in documents]  # copies, changed in place below
+    documents = [list(document) for document in documents]  # copies, which grow below
     active = documents
-    for n_drawn in range(max_images + 1):
+    for n_drawn in range(max_images + 1):  # the last round only writes
         # LM mode: write until every active document has predicted BOI (it will draw) or EOS.
         writing = active
         drawing = []
@@ -664,7 +607,7 @@ def generate(model, documents, max_tokens=64, max_images=1, steps=50, guidance_s
             n_tokens += 1
             yield documents
 
-        # Documents that predicted EOS end here, and so do those that are still writing.
+        # Documents end here if they have predicted EOS, or used up max_tokens.
         if not drawing or n_drawn == max_images:
             return
         # Diffusion mode: draw an image in each of these documents. `pack` adds BOI and EOI.
@@ -784,15 +727,87 @@ def encode_pictures(documents, vae):
         for document in documents
     ]
 
+# ---- U-Net patches -------------------------------------------------------------------------------
+
+class ResBlock(nn.Module):
+    """Like DDPM's residual block: two convolutions, the embedding of t added between them."""
+
+    def __init__(self, n_in, n_out, time_dim):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(1, n_in)
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, padding=1)
+        self.time = nn.Linear(time_dim, n_out)
+        self.norm2 = nn.GroupNorm(1, n_out)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(n_in, n_out, 1)
+
+    def forward(self, x, time):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(time)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+class UNetDown(nn.Module):
+    """The paper's other patch encoder: the first half of a U-Net, from latents and t to patches.
+
+    It halves the resolution log2(patch_size) times, until each patch is one pixel. Its features at
+    all resolutions, and the embedding of t, are h_in: they bypass the transformer.
+    """
+
+    def __init__(self, cfg, time_dim=128):
+        super().__init__()
+        n_resolutions = 1 + int(math.log2(cfg.patch_size))
+        widths = [cfg.unet_dim * 2**i for i in range(n_resolutions)]
+        self.time = TimeEmbedding(time_dim)
+        self.first = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList(ResBlock(width, width, time_dim) for width in widths)
+        self.downsample = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
+        self.last = nn.Linear(widths[-1], cfg.dim)
+
+    def forward(self, latents, t):
+        time = self.time(t)
+        x = self.first(latents)
+        skips = []
+        for block, downsample in zip(self.blocks, [*self.downsample, nn.Identity()]):
+            x = block(x, time)
+            skips.append(x)  # (M, width, H / 2^i, W / 2^i)
+            x = downsample(x)
+        x = x.flatten(2).transpose(1, 2)  # (M, N, width)
+        return self.last(x), (time, skips)  # (M, N, D)
+
+class UNetUp(nn.Module):
+    """The second half of the U-Net: from the transformer's output and h_in to a prediction."""
+
+    def __init__(self, cfg, time_dim=128):
+        super().__init__()
+        self.grid = cfg.grid
+        n_resolutions = 1 + int(math.log2(cfg.patch_size))
+        widths = [cfg.unet_dim * 2**i for i in reversed(range(n_resolutions))]
+        self.first = nn.Linear(cfg.dim, widths[0])
+        self.blocks = nn.ModuleList(ResBlock(2 * width, width, time_dim) for width in widths)
+        self.upsample = nn.ModuleList(
+            nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairwise(widths)
+        )
+        self.last = nn.Conv2d(widths[-1], cfg.latent_channels, 3, padding=1)
+
+    def forward(self, x, h_in):
+        time, skips = h_in
+        x = self.first(x).transpose(1, 2)  # (M, width, N)
+        x = x.unflatten(2, (self.grid, self.grid))
+        for block, skip, upsample in zip(self.blocks, skips[::-1], [*self.upsample, nn.Identity()]):
+            x = block(torch.cat([x, skip], dim=1), time)
+            x = upsample(x)
+        return self.last(x)  # (M, C, H, W)
+
 # ---- Chameleon: the baseline, with discrete images -----------------------------------------------
 
 def quantise(z, levels):
     """Finite scalar quantisation (arXiv 2309.15505): round to one of `levels` values around 0.
 
     DEVIATION: the paper's quantiser takes the nearest of 16,384 learned vectors, with a codebook
-    loss. Here the vectors lie on a fixed grid: no codebook must be trained, and none can collapse.
+    loss. Here the vectors lie on a fixed grid, so there is no codebook that must be trained.
     """
-    half = (levels - 1) / 2
+    half = (levels - 1) / 2  # 2 for the five levels -2, -1, 0, 1, 2
     z = z.tanh() * half
     rounded = (z + half).round() - half
     return z + (rounded - z).detach()  # the gradient passes as if nothing had been rounded
@@ -804,9 +819,10 @@ class QuantisedVAE(VAE):
     """
 
     def __init__(self, cfg):
+        # A latent for each patch. The encoder's other channels, the log variances, are not used.
         super().__init__(cfg.image_size, cfg.grid, cfg.code_dim, cfg.vae_dim, cfg.vae_kl)
         self.levels, self.grid = cfg.code_levels, cfg.grid
-        # Normalise to variance 1. Otherwise nearly all entries round to the middle level for good.
+        # Normalise to variance 1. Otherwise nearly all entries are rounded to the middle level.
         self.normalise = nn.BatchNorm2d(cfg.code_dim, affine=False)
         # The entries of a vector, as digits in base `levels`, make up the number of its code.
         place_values = cfg.code_levels ** torch.arange(cfg.code_dim)[:, None, None]
@@ -841,8 +857,8 @@ class Chameleon(nn.Module):
     """The discrete baseline (arXiv 2405.09818): the same trunk and documents, as a language model.
 
     An image is N codes between BOI and EOI, and each code is a word of the vocabulary. So there is
-    only the loss of the next token, attention is causal, and to draw is to sample codes. There is
-    no diffusion, no t, and no patch encoder.
+    only the next-token loss, attention is causal, and to draw is to sample codes. There is no
+    diffusion, no t, and no patch encoder.
     """
 
     def __init__(self, cfg, tokenizer):
@@ -880,17 +896,19 @@ class Chameleon(nn.Module):
         tokens = pad_sequence(rows, batch_first=True, padding_value=PAD)
         return tokens.to(self.lm_head.weight.device)
 
-    def loss(self, documents, part=0, n_parts=1):
+    def loss(self, documents, micro_batch=0, n_micro_batches=1):
         """The mean over text and codes, with the z-loss. Returns (loss, loss_text, loss_codes).
 
-        There is a loss where Transfusion has one, and wherever the target is a code. EOI is
-        appended here too. `part` and `n_parts`: as in Transfusion.loss.
+        There is a loss wherever Transfusion has one, and wherever the target is a code. There is
+        none where it is EOI, which is appended here too.
         """
         tokens = self.pack(documents)
         is_code = tokens[:, 1:] >= len(self.tokenizer)
         is_text = has_lm_loss(self.without_codes(tokens), self.cfg.instruction_loss)
         n_text, n_codes = is_text.sum(), is_code.sum()
-        tokens, is_code, is_text = (x[part::n_parts] for x in (tokens, is_code, is_text))
+        tokens, is_code, is_text = (
+            x[micro_batch::n_micro_batches] for x in (tokens, is_code, is_text)
+        )
 
         logits = self(tokens)
         losses = next_token_losses(logits, tokens)
@@ -931,6 +949,20 @@ class Chameleon(nn.Module):
 
 # ---- Making and scoring models, presets ----------------------------------------------------------
 
+def select_micro_batch(i, n, tokens, image_id, has_loss, latents, t, eps):
+    """Documents i, i + n, i + 2n, ... of a batch, and their images.
+
+    For several processes, or gradient accumulation. All of them pack the same documents, and draw
+    the same noise from the same seed. Then each runs one micro-batch. The denominators of its
+    losses are those of the whole batch, so the losses of all micro-batches add up to the batch's.
+    (image_id still counts the images of the whole batch, but now only tells which are the same.)
+    """
+    document = (tokens == BOI).nonzero()[:, 0]  # the document that each image is in (M,)
+    is_selected = document % n == i
+    of_documents = [x[i::n] for x in (tokens, image_id, has_loss)]
+    of_images = [x[is_selected] for x in (latents, t, eps)]
+    return *of_documents, *of_images
+
 def make_models(cfg, tokenizer):
     """The untrained model and VAE that cfg.model names."""
     if cfg.model == "chameleon":
@@ -946,7 +978,7 @@ def log_likelihood(model, documents, next_token=EOS):
     to ask whether an image follows. The images are clean and are not scored.
     """
     logits, tokens = model.logits(documents)
-    tokens = torch.where(tokens == EOS, next_token, tokens)  # changes the last target only
+    tokens = torch.where(tokens == EOS, next_token, tokens)  # a target only; no input changes
     has_loss = has_lm_loss(tokens)
     return -(next_token_losses(logits, tokens) * has_loss).sum(1), has_loss.sum(1)
 
@@ -987,8 +1019,9 @@ PRESETS = {
     "laptop": Config(),
     "laptop-paper": Config(**PAPER),  # the paper's choices at the size of the laptop
     "tiny": Config(dim=32, n_layers=2, n_heads=2, vae_dim=8),  # for tests
-    "0.16B": Config(**PAPER, **PAPER_VAE, dim=768, n_layers=16, n_heads=12),  # transformers of
-    "0.37B": Config(**PAPER, **PAPER_VAE, dim=1024, n_layers=24, n_heads=16),  # the paper's sizes
+    # The paper's sizes of the transformer. The U-Net and the VAE are smaller than the paper's.
+    "0.16B": Config(**PAPER, **PAPER_VAE, dim=768, n_layers=16, n_heads=12),
+    "0.37B": Config(**PAPER, **PAPER_VAE, dim=1024, n_layers=24, n_heads=16),
     "0.76B": Config(**PAPER, **PAPER_VAE, dim=1536, n_layers=24, n_heads=24),
     "1.4B": Config(**PAPER, **PAPER_VAE, dim=2048, n_layers=24, n_heads=16),
     "7B": Config(**PAPER, **PAPER_VAE, dim=4096, n_layers=32, n_heads=32),

@@ -14,18 +14,23 @@ import subprocess
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from PIL import Image
+
 from data import plots
+from data.documents import examples
 from data.files import save_png, write_atomically
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 DIRECTORY = Path("runs/experiments")
 
-# Options of train.py. All runs of the first group have about the FLOPs of the default, and those of the second group,
-# which learn more slowly, twice as many.
+# Options of train.py. The runs of the first group have about the FLOPs of the default, those of the second its steps
+# (Chameleon the same FLOPs), and those of the third group, which learn more slowly, twice its FLOPs.
 RUNS = {
     "default": "",
     "causal": "--no-bidirectional",
@@ -35,6 +40,11 @@ RUNS = {
     "chameleon": "--model chameleon --lr 8e-3 --steps 3100",
     "text": "--task text",
 
+    "small": "--dim 64 --n-heads 4",
+    "small-chameleon": "--dim 64 --n-heads 4 --model chameleon --lr 8e-3 --steps 3100",
+    "large": "--dim 128 --n-heads 8",
+    "large-chameleon": "--dim 128 --n-heads 8 --model chameleon --lr 8e-3 --steps 3100",
+
     "eps": "--steps 6600 --target eps --t-power 1",
     "eps-unet": "--steps 4000 --target eps --t-power 1 --patch-encoder unet",
     "v": "--steps 6600 --target v",
@@ -43,67 +53,87 @@ RUNS = {
     "x0-unet": "--steps 4000 --patch-encoder unet",
     "x0-unet-causal": "--steps 4000 --patch-encoder unet --no-bidirectional",
 }
-RATES = "2e-3", "4e-3", "8e-3"
+RATES = "2e-3", "4e-3", "8e-3", "16e-3"
 for rate in RATES:  # the search of the learning rate, on validation
     RUNS[f"default-{rate}"] = f"--steps 3300 --eval-split val --lr {rate}"
     RUNS[f"chameleon-{rate}"] = f"--steps 3300 --eval-split val --lr {rate} --model chameleon"
 
 class Table(NamedTuple):
-    """`scores` are the columns; `curves` are those whose learning curves are drawn."""
+    """What a table compares, and what is shown of it."""
     title: str
-    rows: dict  # {what a row is: name of the run}
-    paper: dict  # {what a row is: what the paper found}
-    scores: tuple
-    curves: tuple = ()
+    rows: dict  # {what a row is: (name of the run, what the paper found)}
+    scores: tuple  # the columns
+    curves: tuple = ()  # the scores whose learning curves are drawn
+    parity: tuple = ()  # pairs of runs: how many of the second one's FLOPs does the first need for its scores?
 
 PICTURE_SCORES = "draw_acc", "frechet", "caption_acc"
-CURVES = "draw_acc", "caption_acc"
+CURVES = "draw_acc", "caption_acc", "frechet", "text_ppl"
 TABLES = {
     "models": Table(
-        "Transfusion and Chameleon (the paper's table 3)",
-        {"Transfusion": "default", "Chameleon": "chameleon"},
-        {"Transfusion": "FID 16.8, CIDEr 27.2, C4 7.72 (7B)", "Chameleon": "FID 29.6, CIDEr 18.0, C4 8.41"},
+        "Transfusion and Chameleon at three sizes (the paper's table 3)",
+        {
+            "Transfusion, width 64": ("small", ""),
+            "Transfusion, width 96": ("default", ""),
+            "Transfusion, width 128": ("large", "FID 16.8, CIDEr 27.2, C4 7.72 (7B)"),
+            "Chameleon, width 64": ("small-chameleon", ""),
+            "Chameleon, width 96": ("chameleon", ""),
+            "Chameleon, width 128": ("large-chameleon", "FID 29.6, CIDEr 18.0, C4 8.41 (7B)"),
+        },
         (*PICTURE_SCORES, "text_ppl"), CURVES,
+        (("small", "small-chameleon"), ("default", "chameleon"), ("large", "large-chameleon")),
     ),
     "text": Table(
         "What images cost the text (the paper's table 4)",
-        {"text alone": "text", "Transfusion": "default", "Chameleon": "chameleon"},
-        {"text alone": "C4 10.1 (0.76B)", "Transfusion": "C4 10.4", "Chameleon": "C4 11.8"},
+        {
+            "text alone": ("text", "C4 10.1 (0.76B)"),
+            "Transfusion": ("default", "C4 10.4"),
+            "Chameleon": ("chameleon", "C4 11.8"),
+        },
         ("text_ppl", "text_acc"),
     ),
     "attention": Table(
         "Attention inside images (the paper's table 5)",
-        {"causal, linear": "causal", "bidirectional, linear": "default",
-         "causal, U-Net": "x0-unet-causal", "bidirectional, U-Net": "x0-unet"},
-        {"causal, linear": "FID 61.3, CIDEr 12.7 (0.76B)", "bidirectional, linear": "FID 20.3, CIDEr 16.0",
-         "causal, U-Net": "FID 16.8, CIDEr 23.3", "bidirectional, U-Net": "FID 16.7, CIDEr 25.4"},
-        PICTURE_SCORES, CURVES,
+        {
+            "causal, linear": ("causal", "FID 61.3, CIDEr 12.7 (0.76B)"),
+            "bidirectional, linear": ("default", "FID 20.3, CIDEr 16.0"),
+            "causal, U-Net": ("x0-unet-causal", "FID 16.8, CIDEr 23.3"),
+            "bidirectional, U-Net": ("x0-unet", "FID 16.7, CIDEr 25.4"),
+        },
+        PICTURE_SCORES, ("draw_acc", "caption_acc"),
     ),
     "patches": Table(
         "Elements per image, linear patches (the paper's table 6)",
-        {"64": "64-patches", "16": "default", "4": "4-patches"},
-        {"64": "1024: FID 21.0, CIDEr 12.0 (0.76B)", "16": "256: FID 20.3, CIDEr 16.0",
-         "4": "64: FID 25.6, CIDEr 14.3"},
-        PICTURE_SCORES, CURVES,
+        {
+            "64": ("64-patches", "1024: FID 21.0, CIDEr 12.0 (0.76B)"),
+            "16": ("default", "256: FID 20.3, CIDEr 16.0"),
+            "4": ("4-patches", "64: FID 25.6, CIDEr 14.3"),
+        },
+        PICTURE_SCORES, ("draw_acc", "caption_acc"),
     ),
     "noise-cap": Table(
         "The noise cap (the paper's table 8)",
-        {"no cap": "no-cap", "t at most 0.5": "default"},
-        {"no cap": "CIDEr 25.4 (0.76B, U-Net)", "t at most 0.5": "CIDEr 29.4"},
+        {
+            "no cap": ("no-cap", "CIDEr 25.4 (0.76B, U-Net)"),
+            "t at most 0.5": ("default", "CIDEr 29.4"),
+        },
         PICTURE_SCORES,
     ),
     "target": Table(
         "Target by patch encoder (not in the paper, whose target is eps)",
-        {"eps, linear": "eps", "eps, U-Net": "eps-unet", "v, linear": "v", "v, U-Net": "v-unet",
-         "x0, linear": "x0", "x0, U-Net": "x0-unet"},
-        {"eps, linear": "FID 20.3, CIDEr 16.0 (0.76B)", "eps, U-Net": "FID 16.7, CIDEr 25.4"},
-        PICTURE_SCORES, CURVES,
+        {
+            "eps, linear": ("eps", "FID 20.3, CIDEr 16.0 (0.76B)"),
+            "eps, U-Net": ("eps-unet", "FID 16.7, CIDEr 25.4"),
+            "v, linear": ("v", ""),
+            "v, U-Net": ("v-unet", ""),
+            "x0, linear": ("x0", ""),
+            "x0, U-Net": ("x0-unet", ""),
+        },
+        PICTURE_SCORES, ("draw_acc", "caption_acc"),
     ),
     "learning-rate": Table(
         "The learning rate, on validation",
-        {f"{model}, {rate}": f"{run}-{rate}"
+        {f"{model}, {rate}": (f"{run}-{rate}", "")
          for (model, run), rate in product({"Transfusion": "default", "Chameleon": "chameleon"}.items(), RATES)},
-        {},
         (*PICTURE_SCORES, "text_ppl"),
     ),
 }
@@ -186,29 +216,72 @@ def markdown(table, results):
     """A table as Markdown. Rows without results are left out."""
     header = ["", "options of train.py", *table.scores, "FLOPs / 10^12", "seeds", "the paper"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for label, run in table.rows.items():
+    for label, (run, paper) in table.rows.items():
         found = results_of(results, run)
         if not found:
             continue
         cells = [label, f"`{RUNS[run]}`" if RUNS[run] else "none"]
         cells += [mean_and_range([result["scores"][score][0] for result in found]) for score in table.scores]
-        cells += [mean_and_range([found[0]["flops"] / 1e12], 1), str(len(found)), table.paper.get(label, "")]
+        cells += [mean_and_range([found[0]["flops"] / 1e12], 1), str(len(found)), paper]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+def mean_curve(results, run, score):
+    """FLOPs of a run's evaluations, and the mean of the score over its seeds. Two arrays of one length."""
+    curves = [result["curves"] for result in results_of(results, run)]
+    return [np.mean([curve[column] for curve in curves], axis=0) for column in ("flops", score)]
+
+def parity(results, run, baseline, score):
+    """The share of the baseline's FLOPs at which the run reaches the baseline's last score; None if it never does.
+
+    It is read from the mean curves, on validation, with straight lines between evaluations.
+    """
+    flops, values = mean_curve(results, run, score)
+    baseline_flops, baseline_values = mean_curve(results, baseline, score)
+    sign = 1 if score.endswith("_acc") else -1  # of a distance or a perplexity, less is better
+    ahead = sign * (values - baseline_values[-1])
+    if ahead.max() < 0:
+        return None
+    i = int(np.argmax(ahead >= 0))  # the first evaluation that reaches it
+    reached_at = flops[i] if i == 0 else np.interp(0, ahead[i - 1 : i + 1], flops[i - 1 : i + 1])
+    return float(reached_at / baseline_flops[-1])
+
+def parity_markdown(table, results):
+    """Parity of all scores that have curves, as Markdown, for the pairs that have results."""
+    labels = {run: label for label, (run, _) in table.rows.items()}
+    lines = ["| FLOPs for parity | " + " | ".join(table.curves) + " |", "|" + "---|" * (1 + len(table.curves))]
+    for run, baseline in table.parity:
+        if results_of(results, run) and results_of(results, baseline):
+            shares = [parity(results, run, baseline, score) for score in table.curves]
+            cells = ["not reached" if share is None else f"{share:.2f}" for share in shares]
+            lines.append("| " + " | ".join([f"{labels[run]} / {labels[baseline]}", *cells]) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 def draw_curves(table, results, score):
     """A Pillow image: the score over FLOPs, a thin line for each seed and a thick one for their mean."""
     lines = {}
-    for label, run in table.rows.items():
+    for label, (run, _) in table.rows.items():
         curves = [(result["curves"]["flops"], result["curves"][score]) for result in results_of(results, run)]
         if curves:
             lines[label] = curves
     return plots.learning_curves(lines, f"{score} on validation, over training FLOPs")
 
+def draw_examples(table, n=8):
+    """A Pillow image: true pictures of n validation captions, then what each row drew for them at its end (seed 0)."""
+    first_row = plots.row_of([picture for _, _, picture in examples("val", 32, 0)][:n])
+    rows = [plots.titled(first_row, "true pictures")]
+    for label, (run, _) in table.rows.items():
+        path = DIRECTORY / f"{run}-0" / "progress.png"
+        if path.is_file():
+            with Image.open(path) as progress:
+                last_row = progress.crop((0, progress.height - first_row.height, first_row.width, progress.height))
+            rows.append(plots.titled(last_row, label))
+    return reduce(plots.stack, rows)
+
 def print_list(results, seeds):
     for name, table in TABLES.items():
         print(f"\n{name}: {table.title}")
-        for label, run in table.rows.items():
+        for label, (run, _) in table.rows.items():
             n_finished = sum(is_finished(results, run, seed) for seed in seeds)
             found = results_of(results, run)
             minutes = f"{found[0]['minutes']:.0f} minutes each" if found else "not trained yet"
@@ -221,7 +294,8 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each [%(default)s]")
     parser.add_argument("--results", type=Path, default=DIRECTORY / "results.json",
                         help="where results are collected; what it has is not trained [%(default)s]")
-    parser.add_argument("--curves", type=Path, default=DIRECTORY, help="directory of the curves [%(default)s]")
+    parser.add_argument("--figures", type=Path, default=DIRECTORY,
+                        help="directory of learning curves and drawings [%(default)s]")
     parser.add_argument("--show", action="store_true", help="print the tables from the results, without training")
     parser.add_argument("--list", action="store_true", help="only show the tables, their runs and times")
     args = parser.parse_args(argv)
@@ -237,17 +311,21 @@ def main(argv=None):
         return
 
     tables = {name: TABLES[name] for name in args.tables or TABLES}
-    runs = dict.fromkeys(run for table in tables.values() for run in table.rows.values())
+    runs = dict.fromkeys(run for table in tables.values() for run, _ in table.rows.values())
     missing = [(run, seed) for seed, run in product(args.seeds, runs) if not is_finished(results, run, seed)]
     if missing and not args.show:
         print(f"Training {len(missing)} runs, {args.jobs} at once, to {DIRECTORY}.", flush=True)
         train_all(missing, args.jobs, results, args.results)
-    args.curves.mkdir(parents=True, exist_ok=True)
+    args.figures.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         print(f"\n{table.title}\n\n{markdown(table, results)}")
-        has_results = any(results_of(results, run) for run in table.rows.values())
-        for score in table.curves if has_results else ():
-            save_png(draw_curves(table, results, score), args.curves / f"{name}-{score}.png")
+        if table.parity:
+            print(f"\n{parity_markdown(table, results)}")
+        if table.curves and any(results_of(results, run) for run, _ in table.rows.values()):
+            for score in table.curves:
+                save_png(draw_curves(table, results, score), args.figures / f"{name}-{score}.png")
+            if not args.show:
+                save_png(draw_examples(table), args.figures / f"{name}.png")
 
 if __name__ == "__main__":
     main()

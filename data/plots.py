@@ -11,16 +11,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 RED, BLACK = (200, 0, 0), (0, 0, 0)
 
-def enlarge(picture, scale=None):
-    """A picture `scale` times as large, or to 128 pixels of height."""
+def enlarge(picture, height=128):
+    """A picture as many times its size, 1 at least, as fit the height."""
     picture = Image.fromarray(picture)
-    scale = scale or max(1, 128 // picture.height)
+    scale = max(1, height // picture.height)
     return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
 
-def row_of(pictures):
-    """Pictures in a row, with thin white lines between them."""
-    framed = [np.pad(picture, ((0, 1), (0, 1), (0, 0)), constant_values=255) for picture in pictures]
-    return enlarge(np.concatenate(framed, axis=1), max(1, 128 // pictures[0].shape[0]))
+def row_of(pictures, gap=4):
+    """Pictures in a row, with a white gap on the right of each and below."""
+    width, height = enlarge(pictures[0]).size
+    row = Image.new("RGB", (len(pictures) * (width + gap), height + gap), "white")
+    for i, picture in enumerate(pictures):
+        row.paste(enlarge(picture), (i * (width + gap), 0))
+    return row
 
 def stack(top, bottom):
     """One Pillow image below another."""
@@ -83,7 +86,7 @@ def mask_picture(mask, names, is_patch, cell=24, margin=64):
 
 def save_gif(pictures, path):
     """Write pictures as an animation, the last one standing still for a while."""
-    frames = [enlarge(picture, max(1, 256 // picture.shape[0])) for picture in pictures]
+    frames = [enlarge(picture, 256) for picture in pictures]
     durations = [40] * (len(frames) - 1) + [1500]  # milliseconds
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
@@ -98,24 +101,31 @@ def terminal_picture(picture):
 LINE_COLOURS = [(31, 119, 180), (214, 80, 40), (44, 150, 44), (148, 80, 190), (200, 160, 0), (90, 90, 90)]
 
 def learning_curves(lines, title, width=640, height=320):
-    """{label: [(xs, ys) of each seed]} -> a chart of ys in [0, 1]: thin lines, and their mean as a thick one."""
-    left, top, right, bottom = 40, 30, width - 190, height - 30
+    """{label: [(xs, ys) of each seed]} -> a chart: thin lines, and their mean as a thick one.
+
+    The vertical axis goes from 0 to 1, or else from the smallest to the largest value.
+    """
+    left, top, right, bottom = 48, 30, width - 190, height - 30
     x_max = max(xs[-1] for curves in lines.values() for xs, _ in curves)
+    values = [y for curves in lines.values() for _, ys in curves for y in ys]
+    y_min, y_max = (0, 1) if min(values) >= 0 and max(values) <= 1 else (min(values), max(values))
+    y_range = max(y_max - y_min, 1e-6)
     chart = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(chart), ImageFont.load_default(12)
     pen.text((left, 6), title, BLACK, font)
     for i in range(5):  # a grid, with the numbers of both axes
         x, y = left + (right - left) * i / 4, bottom - (bottom - top) * i / 4
         pen.line((left, y, right, y), (225, 225, 225))
-        pen.text((left - 6, y), f"{i / 4:g}", BLACK, font, anchor="rm")
+        pen.text((left - 6, y), f"{y_min + y_range * i / 4:.3g}", BLACK, font, anchor="rm")
         pen.text((x, bottom + 6), f"{x_max * i / 4:.1e}", BLACK, font, anchor="mt")
     for i, ((label, curves), colour) in enumerate(zip(lines.items(), LINE_COLOURS)):
         pale = tuple((value + 2 * 255) // 3 for value in colour)
         n_points = min(len(xs) for xs, _ in curves)
         mean = np.mean([(xs[:n_points], ys[:n_points]) for xs, ys in curves], axis=0)
         for (xs, ys), ink, thickness in [*((curve, pale, 1) for curve in curves), (mean, colour, 3)]:
-            points = [(left + (right - left) * x / x_max, bottom - (bottom - top) * y) for x, y in zip(xs, ys)]
-            pen.line(points, ink, thickness, joint="curve")
+            across = left + (right - left) * np.asarray(xs) / x_max
+            up = bottom - (bottom - top) * (np.asarray(ys) - y_min) / y_range
+            pen.line(list(zip(across.tolist(), up.tolist())), ink, thickness, joint="curve")
         pen.rectangle((right + 12, top + 20 * i, right + 24, top + 20 * i + 10), fill=colour)
         pen.text((right + 30, top + 20 * i + 5), label, BLACK, font, anchor="lm")
     return chart

@@ -67,6 +67,7 @@ def test_the_tables_are_those_that_the_command_prints_from_the_collected_results
         rows = experiments.markdown(table, results).splitlines()
         if len(rows) > 3:  # a table of one row compares nothing
             assert "\n".join(rows) in DATA_README, name
+            assert experiments.parity_markdown(table, results) in DATA_README, name
             shown += 1
     assert shown >= 4
     of_seeds = [results[f"default-{seed}"]["scores"] for seed in (0, 1, 2)]
@@ -80,10 +81,10 @@ def test_the_options_of_all_experiments_work():
     for options in experiments.RUNS.values():
         given = train.parse_options(options.split())
         train.Run(**{name: value for name, value in given.items() if name in train.Run.__dataclass_fields__})
-    runs = {run for table in experiments.TABLES.values() for run in table.rows.values()}
-    assert runs <= set(experiments.RUNS)
     for table in experiments.TABLES.values():
-        assert set(table.paper) <= set(table.rows)
+        runs = {run for run, _ in table.rows.values()}
+        assert runs <= set(experiments.RUNS) and {run for pair in table.parity for run in pair} <= runs
+        assert set(table.curves) <= set(experiments.CURVES)
 
 def test_the_example_in_the_readme_runs():
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)

@@ -197,7 +197,8 @@ def test_runs_are_compared(trained, chameleon, trained_on, tmp_path, capsys):
 
 def test_experiments_train_what_is_missing_and_print_the_mean_over_seeds(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    table = experiments.Table("Rates", {"low": "low", "high": "high"}, {"low": "as here"}, ("text_ppl",), ("draw_acc",))
+    rows = {"low": ("low", "as here"), "high": ("high", "")}
+    table = experiments.Table("Rates", rows, ("text_ppl",), ("draw_acc", "frechet"), (("low", "high"),))
     monkeypatch.setattr(experiments, "TABLES", {"rates": table})
     monkeypatch.setattr(experiments, "RUNS", {"low": " ".join(TINY), "high": " ".join([*TINY, "--lr", "0.02"])})
     call(experiments.main, "--seeds", "0", "1")
@@ -207,13 +208,16 @@ def test_experiments_train_what_is_missing_and_print_the_mean_over_seeds(tmp_pat
     of_seeds = [metrics_of(Path(f"runs/experiments/low-{seed}")) for seed in (0, 1)]
     perplexities = [metrics["scores"]["text_ppl"][0] for metrics in of_seeds]
     assert [metrics["run"]["seed"] for metrics in of_seeds] == [0, 1] and perplexities[0] != perplexities[1]
-    with Image.open("runs/experiments/rates-draw_acc.png") as curves:
-        assert len(curves.getcolors(10**6)) > 8
+    for score in table.curves:
+        with Image.open(f"runs/experiments/rates-{score}.png") as curves:
+            assert len(curves.getcolors(10**6)) > 8
+    with Image.open("runs/experiments/rates.png") as drawings:
+        assert drawings.height > 3 * 128 and 128 < drawings.width < 12 * 132  # progress.png has 12 columns
 
     # Nothing is trained twice; a run that was interrupted goes on; one with other options is trained anew.
     times = {path: path.stat().st_mtime_ns for path in Path("runs/experiments").glob("*/ckpt.pt")}
     printed = call(experiments.main, "--seeds", "0", "1")
-    low, high = printed.splitlines()[-2:]
+    low, high = [line for line in printed.splitlines() if line.startswith(("| low |", "| high |"))]
     assert f"{np.mean(perplexities):.3f} ({min(perplexities):.3f} to {max(perplexities):.3f})" in low
     assert "as here" in low and "--lr 0.02" in high
     assert times == {path: path.stat().st_mtime_ns for path in times}
@@ -223,11 +227,29 @@ def test_experiments_train_what_is_missing_and_print_the_mean_over_seeds(tmp_pat
     again = json.loads(Path("runs/experiments/results.json").read_text())
     assert again["low-1"]["scores"] == results["low-1"]["scores"]
     shown = call(experiments.main, "--show", "--seeds", "0", "1", "2")
-    assert shown.splitlines()[-2:] == [low, high] and not Path("runs/experiments/low-2").exists()
+    assert f"{low}\n{high}" in shown and "| low / high |" in shown and not Path("runs/experiments/low-2").exists()
     monkeypatch.setitem(experiments.RUNS, "low", " ".join([*TINY, "--lr", "0.005"]))
     assert "move it away" in complaint(experiments.main, "--seeds", "0")
     monkeypatch.setitem(experiments.RUNS, "low", " ".join([*TINY, "--noise-cap", "7"]))
     assert "low-2.log" in complaint(experiments.main, "--seeds", "2", "--jobs", "1")
+
+def test_parity_is_the_share_of_flops_at_which_the_last_score_of_the_baseline_is_reached(monkeypatch):
+    monkeypatch.setattr(experiments, "RUNS", {"ours": "", "baseline": ""})
+
+    def result(flops, draw_acc, frechet):
+        return {"options": "", "curves": {"flops": flops, "draw_acc": draw_acc, "frechet": frechet}}
+
+    results = {
+        "ours-0": result([2, 4, 6], [0.1, 0.5, 0.9], [3, 2, 1.5]),
+        "ours-1": result([2, 4, 6], [0.3, 0.7, 0.9], [3, 2, 1.5]),
+        "baseline-0": result([4, 8], [0.1, 0.4], [2, 1]),
+    }
+    # The mean goes from 0.2 at 2 FLOPs to 0.6 at 4, so it is 0.4 at 3. The distance never falls to 1.
+    assert experiments.parity(results, "ours", "baseline", "draw_acc") == pytest.approx(3 / 8)
+    assert experiments.parity(results, "ours", "baseline", "frechet") is None
+    assert experiments.parity(results, "baseline", "ours", "frechet") == pytest.approx(6 / 6)
+    results["baseline-0"] = result([4, 8], [0.1, 0.05], [2, 1])
+    assert experiments.parity(results, "ours", "baseline", "draw_acc") == pytest.approx(2 / 8)  # its first evaluation
 
 # ---- Several processes -----------------------------------------------------------------------------------------------
 
