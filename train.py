@@ -296,6 +296,27 @@ def draw_figure(report, cfg, tokenizer):
     grid = plots.captioned_grid(report.pictures[:18], report.prompts[:18], report.correct[:18])
     return plots.beside(mask, grid)
 
+def write_scores(trained, task, directory, about):
+    """The final table, to the terminal and with `about` to metrics.json, and the figure of the first drawings."""
+    run, cfg = trained.run, trained.model.cfg
+    start_time = time.time()
+    torch.manual_seed(run.seed)
+    scales = [run.guidance_scale]
+    if run.guidance_sweep:
+        scales += [scale for scale in (1, 1.5, 2, 3, 4) if scale != run.guidance_scale]
+    report = task.evaluate(trained, run.eval_split, run.eval_n, run.seed + 1, scales)
+    held_out = "held-out" if run.eval_split == "test" else "validation"
+    print(f"\n{report.n} {held_out} examples, seed {run.seed}, guidance {run.guidance_scale:g}, "
+          f"{run.sample_steps} denoising steps, eta {run.eta:g}")
+    for name, (value, beside) in report.scores.items():
+        print(f"{name:14} {value:8.4f}   {beside}")
+    save_png(draw_figure(report, cfg, trained.model.tokenizer), directory / "figure.png")
+    metrics = about | {"scoring_minutes": (time.time() - start_time) / 60, "scores": report.scores}
+    write_atomically(directory / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
+    print(f"\nfigure.png, progress.png, log.csv and metrics.json are in {directory}.")
+    print(f"Training took {metrics['minutes']:.1f} minutes ({metrics['flops']:.2g} FLOPs), "
+          f"and scoring {metrics['scoring_minutes']:.1f}.")
+
 # ---- The run ---------------------------------------------------------------------------------------------------------
 
 def parse_options(argv):
@@ -570,29 +591,12 @@ def main(argv=None):
         minutes = checkpoint["minutes"]
         write_progress(directory, history, drawings)
 
-    # The scores on held-out scenes, and a figure of the first drawings.
     on_interrupt(f"Stopped while scoring. To score the checkpoint: python train.py --eval-only --run {directory}")
-    scoring_time = time.time()
-    torch.manual_seed(run.seed)
-    scales = [run.guidance_scale]
-    if run.guidance_sweep:
-        scales += [scale for scale in (1, 1.5, 2, 3, 4) if scale != run.guidance_scale]
-    report = task.evaluate(Trained(averaged, vae, run), run.eval_split, run.eval_n, run.seed + 1, scales)
-    held_out = "held-out" if run.eval_split == "test" else "validation"
-    print(f"\n{report.n} {held_out} examples, seed {run.seed}, guidance {run.guidance_scale:g}, "
-          f"{run.sample_steps} denoising steps, eta {run.eta:g}")
-    for name, (value, beside) in report.scores.items():
-        print(f"{name:14} {value:8.4f}   {beside}")
-    save_png(draw_figure(report, cfg, averaged.tokenizer), directory / "figure.png")
-    scoring_minutes = (time.time() - scoring_time) / 60
-    metrics = {
-        "command": command, "minutes": minutes, "scoring_minutes": scoring_minutes, "flops": flops,
-        "device": str(device), "cores": os.cpu_count(), "torch": torch.__version__, "cfg": asdict(cfg),
-        "run": asdict(run), "scores": report.scores,
+    about = {
+        "command": command, "minutes": minutes, "flops": flops, "device": str(device), "cores": os.cpu_count(),
+        "torch": torch.__version__, "cfg": asdict(cfg), "run": asdict(run),
     }
-    write_atomically(directory / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
-    print(f"\nfigure.png, progress.png, log.csv and metrics.json are in {directory}.")
-    print(f"Training took {minutes:.1f} minutes ({flops:.2g} FLOPs), and scoring {scoring_minutes:.1f}.")
+    write_scores(Trained(averaged, vae, run), task, directory, about)
 
 if __name__ == "__main__":
     try:

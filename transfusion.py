@@ -35,8 +35,8 @@ an image, from 0 (clean) to 1 (pure noise). Every image has its own.
 The text after an image sees the noised image, and a caption of pure noise would teach the model
 nothing. So in training, an image that opens a document and has something after it (the first image
 of the second and of the third document) is noised at most to the noise cap. Every other image can
-have any t up to 1, because the model must learn to draw it from pure noise: after text or, for
-guidance, without text, in documents that are just [image].
+have any t up to 1, because the model must learn to draw it from pure noise. For guidance it must
+also learn to draw without text, so some training documents are just [image].
 
 The method ends with the section "Generation". After it come the tokenizer, the VAE, U-Net patches
 (the paper's alternative to linear ones), the baseline (Chameleon), and presets. `DEVIATION:` marks
@@ -77,9 +77,9 @@ class Config:
     patch_encoder: str = "linear"  # between latents and transformer: linear or unet
     unet_dim: int = 32  # channels of the U-Net at full resolution, doubled at each halving
     patch_position: bool = True  # learned embedding of the position of a patch in its image
-    lambda_ddpm: float = 5.0  # weight of the diffusion loss
-    noise_cap: float = 0.5  # largest t of an image that comes first and has something after it
-    instruction_loss: bool = True  # LM loss on text between two images (the edit task turns it off)
+    lambda_ddpm: float = 5.0  # weight of the diffusion loss, as in the paper
+    noise_cap: float = 0.5  # largest t of an image that comes first, with more after it
+    instruction_loss: bool = True  # LM loss on text between two images; --task edit turns it off
     image_size: int = 32  # pixels per side of a picture
     latent_size: int = 8  # latents per side of an image
     latent_channels: int = 4  # channels of the latents
@@ -106,12 +106,11 @@ N_SPECIAL = len(SPECIAL_TOKENS)  # token ids from here on are text
 def unconditional(document):
     """The document without its text: [text, image] becomes [image].
 
-    And [image, instruction, image] becomes [image, image]: only the text is what guidance is about.
+    And [image, instruction, image] becomes [image, image]: the image to be edited stays.
 
     To draw with classifier-free guidance, the model predicts with the text and without it. To learn
-    the latter, train.py replaces some of the training documents in which text comes before an image
-    by this form: a random tenth of them (--unconditional-share). Their losses are those of any
-    other document.
+    the latter, train.py takes the text from a random tenth of the training documents that have text
+    before an image (--unconditional-share). Their losses are those of any other document.
     """
     return [part for part in document if not isinstance(part, str)]
 
@@ -168,8 +167,8 @@ def has_lm_loss(tokens, instruction_loss=True):
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     has_loss = (inputs != BOI) & (inputs != PATCH) & (targets != PAD)
     if not instruction_loss:
-        n_boi = (tokens == BOI).cumsum(1)  # of an edit: 0 from BOS, 1 from the first BOI, 2 ...
-        is_between = (n_boi > 0) & (n_boi < n_boi[:, -1:])  # 1 is between the first and the last
+        n_boi = (tokens == BOI).cumsum(1)  # BOI so far. In an edit: 0, then 1, then 2
+        is_between = (n_boi > 0) & (n_boi < n_boi[:, -1:])  # after the first BOI, before the last
         is_instruction = is_between & (tokens >= N_SPECIAL)  # only its text, not BOI and EOI
         has_loss = has_loss & ~is_instruction[:, 1:]  # [:, 1:] are the targets
     return has_loss
@@ -194,10 +193,10 @@ def diffusion_target(x0, eps, t, target):
     """What the model should predict about x_t: the noise eps, the image x0, or the mixture v
     (v-prediction, arXiv 2202.00512).
 
-    x_t = sqrt(ab) x0 + sqrt(1 - ab) eps, so x_t and one of them determine the other two. The noise
-    that x0 + d would imply differs from eps by sqrt(ab / (1 - ab)) d. Near t = 1 this is almost
-    nothing, however wrong the image x0 + d is. But near t = 1 the text decides what is drawn. So a
-    loss on eps hardly punishes an image that ignores the text. A loss on x0 does.
+    x_t = sqrt(ab) x0 + sqrt(1 - ab) eps, so x_t and one of them determine the other two. Suppose
+    that the model's idea of the image is wrong by d. Then its idea of the noise is wrong by
+    sqrt(ab / (1 - ab)) d, which is almost 0 near t = 1. But near t = 1 the text decides what is
+    drawn. So a loss on eps hardly punishes an image that ignores the text. A loss on x0 does.
 
     DEVIATION: the paper predicts eps (--target eps). With x0, a model of this size learns to draw
     in far fewer steps (data/README.md).
@@ -231,7 +230,7 @@ def p_sample(xt, pred, t, t_next, target, eta=0.0):
     """
     ab, ab_next = alpha_bar(t), alpha_bar(t_next)
     x0 = predicted_x0(xt, pred, t, target)
-    x0 = x0.clamp(-5, 5)  # latents have variance 1 (VAE.encode), but near t = 1 sqrt(ab) is tiny
+    x0 = x0.clamp(-5, 5)  # latents have variance 1, but x0 from eps is divided by a tiny sqrt(ab)
     eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()  # the noise that makes this x0 into x_t
 
     # Adding noise from t_next to t is x_t = sqrt(alpha) x_t_next + sqrt(beta) noise.
@@ -258,7 +257,10 @@ def sampling_times(steps, t_power):
     return torch.linspace(1, 0, steps + 1) ** (1 / t_power)
 
 def guide(with_text, without_text, guidance_scale):
-    """Classifier-free guidance: move the prediction away from what it would be without the text."""
+    """Classifier-free guidance: move the prediction away from what it would be without the text.
+
+    At a given x_t, moving x0 is the same as moving eps or v: each is linear in the others.
+    """
     return without_text + guidance_scale * (with_text - without_text)
 
 # ---- Transformer: Llama (RMSNorm, RoPE, SwiGLU, no biases) ---------------------------------------
@@ -378,7 +380,7 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
 
 class LinearPatchEncoder(nn.Module):
-    """Section 3: add the embedding of t to every patch, then apply one linear layer.
+    """Section 3: add the embedding of t (P numbers) to every patch, then apply one linear layer.
 
     With this encoder, t enters the model only here. An encoder returns the embeddings of the
     patches, and h_in, the skip connections that go around the transformer to the decoder. Only the
@@ -429,7 +431,7 @@ class Transfusion(nn.Module):
         # DEVIATION: patches have a learned embedding of their position in the image. The paper
         # mentions only the RoPE of their raster order in the sequence (--no-patch-position).
         if cfg.patch_position:
-            self.patch_position = nn.Parameter(torch.empty(cfg.n_patches, cfg.dim))
+            self.patch_position = nn.Parameter(torch.empty(cfg.n_patches, cfg.dim))  # filled below
         else:
             self.patch_position = 0
         self.transformer = Transformer(cfg)
@@ -512,7 +514,8 @@ class Transfusion(nn.Module):
         return logits, tokens
 
     def predict_last_image(self, documents, t):
-        """The prediction (B, C, H, W) for the last image of each document, all noised to one t.
+        """The prediction (B, C, H, W) for the last image of each document, which is already noised
+        to t, one number for all.
 
         The images before it are clean, with t = 0, which differs from training as in `logits`.
         """
@@ -568,8 +571,7 @@ def append_token(document, token, tokenizer):
     """Add a token of text to the end of a document, in place.
 
     Documents hold text, not tokens: the token is decoded here, and `pack` encodes the text again.
-    (What is not a known word is written in bytes. Bytes that together spell a known word then
-    become its token, which does no harm.)
+    (If bytes together spell a known word, they become its token, which does no harm.)
     """
     if document and isinstance(document[-1], str):
         document[-1] = tokenizer.decode(tokenizer.encode(document[-1]) + [token])
@@ -819,7 +821,7 @@ class QuantisedVAE(VAE):
     """
 
     def __init__(self, cfg):
-        # A latent for each patch. The encoder's other channels, the log variances, are not used.
+        # One latent vector for each patch. The encoder's log variances are not used.
         super().__init__(cfg.image_size, cfg.grid, cfg.code_dim, cfg.vae_dim, cfg.vae_kl)
         self.levels, self.grid = cfg.code_levels, cfg.grid
         # Normalise to variance 1. Otherwise nearly all entries are rounded to the middle level.
@@ -1019,7 +1021,7 @@ PRESETS = {
     "laptop": Config(),
     "laptop-paper": Config(**PAPER),  # the paper's choices at the size of the laptop
     "tiny": Config(dim=32, n_layers=2, n_heads=2, vae_dim=8),  # for tests
-    # The paper's sizes of the transformer. The U-Net and the VAE are smaller than the paper's.
+    # The paper's sizes of the transformer. The VAE, and a U-Net, are smaller than the paper's.
     "0.16B": Config(**PAPER, **PAPER_VAE, dim=768, n_layers=16, n_heads=12),
     "0.37B": Config(**PAPER, **PAPER_VAE, dim=1024, n_layers=24, n_heads=16),
     "0.76B": Config(**PAPER, **PAPER_VAE, dim=1536, n_layers=24, n_heads=24),
