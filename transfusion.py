@@ -578,44 +578,48 @@ def append_token(document, token, tokenizer):
     else:
         document.append(tokenizer.decode([token]))
 
+def write(model, documents, max_tokens, temperature, wants_image):
+    """LM mode: add text to documents, in place, until each predicts BOI or EOS: max_tokens at most.
+
+    Documents that predict BOI are appended to the list wants_image. Yields at every token.
+    """
+    writing = documents
+    for _ in range(max_tokens):
+        if not writing:
+            return
+        tokens = sample_tokens(next_token_logits(model, writing), temperature)
+        still_writing = []
+        for document, token in zip(writing, tokens.tolist()):
+            if token == BOI:  # not stored: `pack` puts it before the image
+                wants_image.append(document)
+            elif token != EOS:
+                append_token(document, token, model.tokenizer)
+                still_writing.append(document)
+        writing = still_writing
+        yield
+
 @torch.no_grad()
 def generate(model, documents, max_tokens=64, max_images=1, steps=50, guidance_scale=2.0, eta=0.0,
              temperature=0.0):
     """Section 3, inference: continue documents of str and latents until EOS.
 
-    The model itself decides when to draw: by predicting BOI.
+    The model itself decides when to draw: by predicting BOI. A document also ends after max_tokens
+    of text without BOI, or when it predicts BOI although max_images have been drawn.
 
     Yields the list of all documents after every token and every denoising step. It is always the
-    same list, and its documents grow. A document also ends after max_tokens of text without BOI, or
-    when the model predicts BOI although max_images have been drawn.
+    same list, and its documents grow.
     """
     documents = [list(document) for document in documents]  # copies, which grow below
     active = documents
     for n_drawn in range(max_images + 1):  # the last round only writes
-        # LM mode: write until every active document has predicted BOI (it will draw) or EOS.
-        writing = active
-        drawing = []
-        n_tokens = 0
-        while writing and n_tokens < max_tokens:
-            tokens = sample_tokens(next_token_logits(model, writing), temperature)
-            still_writing = []
-            for document, token in zip(writing, tokens.tolist()):
-                if token == BOI:  # not stored: `pack` puts it before the image
-                    drawing.append(document)
-                elif token != EOS:
-                    append_token(document, token, model.tokenizer)
-                    still_writing.append(document)
-            writing = still_writing
-            n_tokens += 1
+        wants_image = []
+        for _ in write(model, active, max_tokens, temperature, wants_image):
             yield documents
-
-        # Documents end here if they have predicted EOS, or used up max_tokens.
-        if not drawing or n_drawn == max_images:
+        if not wants_image or n_drawn == max_images:
             return
-        # Diffusion mode: draw an image in each of these documents. `pack` adds BOI and EOI.
-        for _ in model.draw(drawing, steps, guidance_scale, eta):
+        for _ in model.draw(wants_image, steps, guidance_scale, eta):  # `pack` adds BOI and EOI
             yield documents
-        active = drawing
+        active = wants_image  # all other documents have ended
 
 # ---- Tokenizer: text to tokens and back ----------------------------------------------------------
 
