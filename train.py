@@ -22,6 +22,7 @@ import re
 import signal
 import sys
 import time
+import zlib
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import count
@@ -381,6 +382,14 @@ def load_checkpoint(directory, device):
         sys.exit(f"{path} is not a checkpoint that this version can read ({type(error).__name__}).")
     return checkpoint, model.to(device).requires_grad_(False), vae.to(device).requires_grad_(False).eval()
 
+def checksum_of(documents):
+    """A number that tells documents of str and pictures from others."""
+    checksum = 0
+    for document in documents:
+        for part in document:
+            checksum = zlib.crc32(part.encode() if isinstance(part, str) else part, checksum)
+    return checksum
+
 def save_checkpoint(checkpoint, path):
     write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
 
@@ -479,6 +488,9 @@ def main(argv=None):
         torch.manual_seed(run.seed)
         print("Making the training documents.", flush=True)
         documents = task.documents(run.documents, run.seed)
+        checksum = checksum_of(documents)
+        if resume and checkpoint.get("checksum", checksum) != checksum:
+            sys.exit(f"{run.data or 'The toy world'} has other pictures or captions than {directory} was trained on.")
         if checkpoint is None:
             averaged, vae = make_models(cfg, Tokenizer(task.words))
             averaged.to(device).requires_grad_(False)
@@ -575,6 +587,7 @@ def main(argv=None):
                     "step": step + 1,
                     "minutes": minutes,
                     "flops": flops,
+                    "checksum": checksum,
                     "losses": losses,  # since the last evaluation
                     "history": history,
                     "drawings": drawings,

@@ -206,6 +206,15 @@ def test_training_on_a_folder_writes_scores_and_pictures_and_samples(captioned, 
     again = call(train.main, "--eval-only", "--run", run, "--eval-n", 20)
     assert f"{metrics['scores']['caption_ppl'][0]:.4f}" in again
 
+def test_a_run_is_not_resumed_on_a_folder_that_has_changed(captioned, tmp_path):
+    run = tmp_path / "run"
+    call(train.main, "--data", captioned, "--run", run, *TINY)
+    before = (run / "ckpt.pt").read_bytes()
+    for path in captioned.glob("*.txt"):
+        path.write_text(path.read_text().replace("square number", "square no."))
+    assert "other pictures or captions" in complaint(train.main, "--resume", "--run", run, "--steps", 20)
+    assert (run / "ckpt.pt").read_bytes() == before
+
 def test_each_document_has_one_picture_and_shares_are_as_asked(captioned):
     task = Folder(captioned, 32, caption_first=0.6, unconditional_share=0.5)
     task.train = task.train * 40
