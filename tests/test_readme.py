@@ -73,9 +73,8 @@ def test_the_tables_are_those_that_the_command_prints_from_the_collected_results
     of_seeds = [results[f"default-{seed}"]["scores"] for seed in (0, 1, 2)]
     for score in ("draw_acc", "caption_acc", "text_ppl", "frechet"):
         assert " / ".join(f"{scores[score][0]:.3f}" for scores in of_seeds) in README, score
-        mean_of_chameleon = experiments.results_of(results, "chameleon")
-        mean = sum(result["scores"][score][0] for result in mean_of_chameleon) / len(mean_of_chameleon)
-        assert f"| {mean:.3f} |" in README, score
+        of_chameleon = [result["scores"][score][0] for result in experiments.results_of(results, "chameleon")]
+        assert f"| {experiments.mean_and_range(of_chameleon)} |" in README, score
 
 def test_the_options_of_all_experiments_work():
     for options in experiments.RUNS.values():
