@@ -28,9 +28,10 @@ patches:
         predicts  BOI  -    -      -      make it    green  .      BOI  -    -      -      EOS  -
         t                   t1     t1                                        t2     t2
 
-"predicts" is the token that the LM loss asks for at that position; "-" means no LM loss. EOI needs
-no prediction, because an image always has N patches: `pack` appends it. "t" is the noise level of
-an image, from 0 (clean) to 1 (pure noise). Every image has its own.
+"predicts" is the token that the LM loss asks for at that position; "-" means no LM loss. After BOI
+or a patch comes another patch, or the EOI that `pack` appends after the N patches of an image: no
+token that must be predicted. "t" is the noise level of an image, from 0 (clean) to 1 (pure noise).
+Every image has its own.
 
 The text after an image sees the noised image, and a caption of pure noise would teach the model
 nothing. So in training, an image that opens a document and has something after it (the first image
@@ -109,8 +110,8 @@ def unconditional(document):
     And [image, instruction, image] becomes [image, image]: the image to be edited stays.
 
     To draw with classifier-free guidance, the model predicts with the text and without it. To learn
-    the latter, train.py takes the text from a random tenth of the training documents that have text
-    before an image (--unconditional-share). Their losses are those of any other document.
+    the latter, train.py removes the text from a random tenth of the training documents that have
+    text before an image (--unconditional-share). Their losses are those of any other document.
     """
     return [part for part in document if not isinstance(part, str)]
 
@@ -221,12 +222,12 @@ def p_sample(xt, pred, t, t_next, target, eta=0.0):
     """One denoising step, t to t_next < t, (M,) or (1,): equation 12 of DDIM (arXiv 2010.02502).
 
     Take the x0 and the eps that the prediction stands for, and mix them again as at t_next. With
-    eta = 0 (DDIM, the default) that is all, and sigma is 0. Otherwise fresh noise of variance
-    sigma^2 replaces a part of eps: together they still have variance 1 - ab_next. With eta = 1
-    (DDPM's ancestral sampler) sigma^2 is the variance of the posterior q(x_t_next | x_t, x0).
+    eta = 0 (DDIM, the default) that is all. Otherwise fresh noise of variance sigma^2 replaces a
+    part of eps: together they still have variance 1 - ab_next. With eta = 1 (DDPM's ancestral
+    sampler) sigma^2 is the variance of the posterior q(x_t_next | x_t, x0).
 
-    NOT STATED: which sampler the paper uses. DEVIATION: 25 to 50 steps of DDIM are enough here. The
-    paper takes 250 steps (sample.py --steps 250 --eta 1).
+    NOT STATED: which sampler the paper uses. DEVIATION: it takes 250 steps, and 25 to 50 steps of
+    DDIM are enough here (250 steps of DDPM: sample.py --steps 250 --eta 1).
     """
     ab, ab_next = alpha_bar(t), alpha_bar(t_next)
     x0 = predicted_x0(xt, pred, t, target)
@@ -259,7 +260,7 @@ def sampling_times(steps, t_power):
 def guide(with_text, without_text, guidance_scale):
     """Classifier-free guidance: move the prediction away from what it would be without the text.
 
-    At a given x_t, moving x0 is the same as moving eps or v: each is linear in the others.
+    At a given x_t, it makes no difference whether x0, eps or v is predicted and moved like this.
     """
     return without_text + guidance_scale * (with_text - without_text)
 
@@ -431,7 +432,8 @@ class Transfusion(nn.Module):
         # DEVIATION: patches have a learned embedding of their position in the image. The paper
         # mentions only the RoPE of their raster order in the sequence (--no-patch-position).
         if cfg.patch_position:
-            self.patch_position = nn.Parameter(torch.empty(cfg.n_patches, cfg.dim))  # filled below
+            position = torch.empty(cfg.n_patches, cfg.dim)  # filled by init_matrices
+            self.patch_position = nn.Parameter(position)
         else:
             self.patch_position = 0
         self.transformer = Transformer(cfg)
@@ -984,9 +986,9 @@ def log_likelihood(model, documents, next_token=EOS):
     to ask whether an image follows. The images are clean and are not scored.
     """
     logits, tokens = model.logits(documents)
-    tokens = torch.where(tokens == EOS, next_token, tokens)  # a target only; no input changes
     has_loss = has_lm_loss(tokens)
-    return -(next_token_losses(logits, tokens) * has_loss).sum(1), has_loss.sum(1)
+    targets = torch.where(tokens == EOS, next_token, tokens)
+    return -(next_token_losses(logits, targets) * has_loss).sum(1), has_loss.sum(1)
 
 CHOICES = {
     "model": ("transfusion", "chameleon"),

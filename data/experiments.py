@@ -109,9 +109,9 @@ TABLES = {
     "patches": Table(
         "Elements per image, linear patches (the paper's table 6)",
         {
-            "64": ("64-patches", "1024: FID 21.0, CIDEr 12.0 (0.76B)"),
-            "16": ("default", "256: FID 20.3, CIDEr 16.0"),
-            "4": ("4-patches", "64: FID 25.6, CIDEr 14.3"),
+            "64 elements": ("64-patches", "1024 elements: FID 21.0, CIDEr 12.0 (0.76B)"),
+            "16 elements": ("default", "256 elements: FID 20.3, CIDEr 16.0"),
+            "4 elements": ("4-patches", "64 elements: FID 25.6, CIDEr 14.3"),
         },
         PICTURE_SCORES, ("draw_acc", "caption_acc"),
     ),
@@ -262,7 +262,7 @@ def parity(results, run, baseline, score):
 def parity_markdown(table, results):
     """Parity in the scores of pictures, as Markdown, for the pairs that have results.
 
-    Not in text_ppl: there, all models of the toy are near the floor at their first evaluation.
+    Not in text_ppl, where all models of the toy soon are near the floor.
     """
     labels = {run: label for label, (run, _) in table.rows.items()}
     lines = ["| FLOPs for parity | " + " | ".join(PICTURE_SCORES) + " |", "|" + "---|" * (1 + len(PICTURE_SCORES))]
