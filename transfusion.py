@@ -960,15 +960,13 @@ class Chameleon(nn.Module):
 def select_micro_batch(i, n, tokens, image_id, has_loss, latents, t, eps):
     """Documents i, i + n, i + 2n, ... of a batch, and their images.
 
-    For several processes, or gradient accumulation. All of them pack the same documents, and draw
-    the same noise from the same seed. Then each runs one micro-batch. The denominators of its
-    losses are those of the whole batch, so the losses of all micro-batches add up to the batch's.
-    (image_id still counts the images of the whole batch, but now only tells which are the same.)
+    Several processes, or the steps of gradient accumulation, pack the same documents, draw the same
+    noise from the same seed, and then run one micro-batch each. The losses of all micro-batches add
+    up to the batch's. (image_id counts the whole batch's images, but tells which are the same.)
     """
     document = (tokens == BOI).nonzero()[:, 0]  # the document that each image is in (M,)
-    is_selected = document % n == i
     of_documents = [x[i::n] for x in (tokens, image_id, has_loss)]
-    of_images = [x[is_selected] for x in (latents, t, eps)]
+    of_images = [x[document % n == i] for x in (latents, t, eps)]
     return *of_documents, *of_images
 
 def make_models(cfg, tokenizer):
