@@ -53,7 +53,7 @@ RUNS = {
     "x0-unet": "--steps 4000 --patch-encoder unet",
     "x0-unet-causal": "--steps 4000 --patch-encoder unet --no-bidirectional",
 }
-# The paper's choices, at the size of the toy, for half an hour on two cores.
+# The paper's choices, at the size of the toy: about 45 minutes each.
 PAPER = ("--preset laptop-paper --n-layers 6 --batch-size 64 --caption-first 0.8 --guidance-scale 3 "
          "--sample-steps 250 --eta 1")
 RUNS["paper-unet"] = f"{PAPER} --patch-encoder unet --steps 9000 --eval-every 1500"
