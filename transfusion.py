@@ -195,7 +195,7 @@ def diffusion_target(x0, eps, t, target):
     (v-prediction, arXiv 2202.00512).
 
     x_t = sqrt(ab) x0 + sqrt(1 - ab) eps, so x_t and one of them determine the other two. Suppose
-    that the model's idea of the image is wrong by d. Then its idea of the noise is wrong by
+    that the model's estimate of the image is wrong by d. Then its estimate of the noise is wrong by
     sqrt(ab / (1 - ab)) d, which is almost 0 near t = 1. But near t = 1 the text decides what is
     drawn. So a loss on eps hardly punishes an image that ignores the text. A loss on x0 does.
 
@@ -908,7 +908,8 @@ class Chameleon(nn.Module):
         """The mean over text and codes, with the z-loss. Returns (loss, loss_text, loss_codes).
 
         There is a loss wherever Transfusion has one, and wherever the target is a code. There is
-        none where it is EOI, which is appended here too.
+        none where it is EOI, which is appended here too. The arguments are those of
+        Transfusion.loss.
         """
         tokens = self.pack(documents)
         is_code = tokens[:, 1:] >= len(self.tokenizer)

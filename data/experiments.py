@@ -72,7 +72,8 @@ class Table(NamedTuple):
     parity: tuple = ()  # pairs of runs: how many of the second one's FLOPs does the first need for its scores?
 
 PICTURE_SCORES = "draw_acc", "frechet", "caption_acc"
-CURVES = "draw_acc", "caption_acc", "frechet", "text_ppl"
+ACCURACIES = "draw_acc", "caption_acc"
+CURVES = *ACCURACIES, "frechet", "text_ppl"  # the scores whose learning curves are kept
 TABLES = {
     "models": Table(
         "Transfusion and Chameleon at three sizes (the paper's table 3)",
@@ -104,7 +105,7 @@ TABLES = {
             "causal, U-Net": ("x0-unet-causal", "FID 16.8, CIDEr 23.3"),
             "bidirectional, U-Net": ("x0-unet", "FID 16.7, CIDEr 25.4"),
         },
-        PICTURE_SCORES, ("draw_acc", "caption_acc"),
+        PICTURE_SCORES, ACCURACIES,
     ),
     "patches": Table(
         "Elements per image, linear patches (the paper's table 6)",
@@ -113,7 +114,7 @@ TABLES = {
             "16 elements": ("default", "256 elements: FID 20.3, CIDEr 16.0"),
             "4 elements": ("4-patches", "64 elements: FID 25.6, CIDEr 14.3"),
         },
-        PICTURE_SCORES, ("draw_acc", "caption_acc"),
+        PICTURE_SCORES, ACCURACIES,
     ),
     "noise-cap": Table(
         "The noise cap (the paper's table 8)",
@@ -133,7 +134,7 @@ TABLES = {
             "x0, linear": ("x0", ""),
             "x0, U-Net": ("x0-unet", ""),
         },
-        PICTURE_SCORES, ("draw_acc", "caption_acc"),
+        PICTURE_SCORES, ACCURACIES,
     ),
     "recipe": Table(
         "The paper's recipe, given time: eps, uniform t, 0.8 of captions first, guidance 3, 250 ancestral steps",
@@ -141,7 +142,7 @@ TABLES = {
             "linear": ("paper-linear", "FID 20.3, CIDEr 16.0 (0.76B)"),
             "U-Net": ("paper-unet", "FID 16.7, CIDEr 25.4"),
         },
-        PICTURE_SCORES, ("draw_acc", "caption_acc"),
+        PICTURE_SCORES, ACCURACIES,
     ),
     "learning-rate": Table(
         "The learning rate, on validation",
