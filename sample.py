@@ -104,7 +104,7 @@ def main(argv=None):
         sys.exit(str(error))
 
     torch.manual_seed(args.seed)
-    frames = [{} for _ in prompts]  # of each document: {index of a part: the latents after each denoising step}
+    frames = [{} for _ in prompts]  # of each document: {index of a part: the latents (or codes) after each step}
     printed = ""
     for documents in generate(model, encode_pictures(prompts, vae), args.max_tokens, args.max_images, args.steps, scale,
                               args.eta, args.temperature):
@@ -127,8 +127,6 @@ def main(argv=None):
 
     for document_frames in frames:
         for latents in document_frames.values():
-            if len({x.shape for x in latents}) > 1:  # Chameleon's codes, one more in each step
-                latents = [torch.nn.functional.pad(x, (0, model.cfg.n_patches - len(x))) for x in latents]
             pictures = vae.decode(torch.stack(latents)).cpu().numpy()
             if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
                 print(plots.terminal_picture(pictures[-1]))

@@ -38,9 +38,27 @@ from data import plots
 from data.files import save_png, write_atomically
 from data.tasks import TASKS, make_task
 from transfusion import (
-    BOI, CHOICES, EOS, N_SPECIAL, PAD, PRESETS, SPECIAL_TOKENS, Config, Tokenizer, attention_mask, diffusion_target,
-    encode_pictures, generate, log_likelihood, make_models, pack, q_sample, unconditional,
+    BOI, EOS, N_SPECIAL, PAD, SPECIAL_TOKENS, VAE, Chameleon, Config, QuantisedVAE, Tokenizer, Transfusion,
+    attention_mask, diffusion_target, encode_pictures, generate, has_lm_loss, next_token_losses, pack, q_sample,
+    unconditional,
 )
+
+# ---- Options ---------------------------------------------------------------------------------------------------------
+
+# Options of the model that go together.
+PAPER = {"qk_norm": False, "target": "eps", "t_power": 1.0, "patch_position": False}
+PAPER_VAE = {"image_size": 256, "latent_size": 32, "latent_channels": 8, "vae_dim": 128}
+PRESETS = {
+    "laptop": Config(),
+    "laptop-paper": Config(**PAPER),  # the paper's choices at the size of the laptop
+    "tiny": Config(dim=32, n_layers=2, n_heads=2, vae_dim=8),  # for tests
+    # The paper's sizes of the transformer. The VAE, and a U-Net, are smaller than the paper's.
+    "0.16B": Config(**PAPER, **PAPER_VAE, dim=768, n_layers=16, n_heads=12),
+    "0.37B": Config(**PAPER, **PAPER_VAE, dim=1024, n_layers=24, n_heads=16),
+    "0.76B": Config(**PAPER, **PAPER_VAE, dim=1536, n_layers=24, n_heads=24),
+    "1.4B": Config(**PAPER, **PAPER_VAE, dim=2048, n_layers=24, n_heads=16),
+    "7B": Config(**PAPER, **PAPER_VAE, dim=4096, n_layers=32, n_heads=32),
+}
 
 @dataclass
 class Run:
@@ -74,11 +92,14 @@ class Run:
     guidance_scale: float = 2.0  # classifier-free guidance in evaluations; 1 is none
     guidance_sweep: bool = False  # also score drawings at guidance 1, 1.5, 2, 3 and 4
 
-    def __post_init__(self):
-        check_run(self)
-
-RUN_CHOICES = {"task": tuple(TASKS), "optimizer": ("muon", "adamw"), "eval_split": ("test", "val")}
-SHARES = "caption_first", "unconditional_share", "ema", "eta"  # options from 0 to 1
+CHOICES = {
+    "model": ("transfusion", "chameleon"), "target": ("eps", "v", "x0"), "patch_encoder": ("linear", "unet"),
+    "task": tuple(TASKS), "optimizer": ("muon", "adamw"), "eval_split": ("test", "val"),
+}
+LEAST = {"seed": 0, "eval_n": 2, "code_levels": 2}  # other whole numbers are at least 1, and all others at least 0
+MORE_THAN_0 = "caption_first", "lr", "clip", "t_power"
+AT_MOST_1 = "caption_first", "unconditional_share", "ema", "eta", "noise_cap"
+LESS_THAN_1 = "unconditional_share", "ema"
 LOSS_OPTIONS = "noise_cap", "lambda_ddpm", "t_power", "instruction_loss"  # of the model, --init can change these
 # --eval-only can change these:
 SCORE_OPTIONS = "eval_n", "eval_split", "sample_steps", "eta", "guidance_scale", "guidance_sweep"
@@ -86,29 +107,41 @@ RESUME_OPTIONS = "steps", "eval_every", "accumulate", *SCORE_OPTIONS  # --resume
 # What a line of progress shows: scores with these beginnings. log.csv has all.
 SHOWN_WHILE_TRAINING = "loss", "caption_acc", "draw_acc", "edit_acc", "caption_match", "draw_match"
 
-def check_run(run):
-    """Raise ValueError, with one sentence, if a Run cannot work."""
-    for name, choices in RUN_CHOICES.items():
-        if getattr(run, name) not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(run, name)!r}")
-    for f in fields(run):
-        value = getattr(run, f.name)
-        if f.type is int and value < (0 if f.name == "seed" else 1):
-            raise ValueError(f"{f.name} must be at least {0 if f.name == 'seed' else 1}, not {value}")
-        if f.type is float and not 0 <= value < math.inf:
-            raise ValueError(f"{f.name} must be a number and at least 0, not {value}")
-        if f.name == "seed" and value > 10**9:
-            raise ValueError(f"seed must be at most {10**9}, not {value}")
-        if f.name in SHARES and value > 1:
-            raise ValueError(f"{f.name} must be at most 1, not {value}")
-    for name in ("caption_first", "lr", "clip"):
-        if getattr(run, name) == 0:
+def check_options(options):
+    """Raise ValueError, with one sentence, if one of the options {name: value} is wrong by itself."""
+    for name, value in options.items():
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
+        if type(value) is int and value < LEAST.get(name, 1):
+            raise ValueError(f"{name} must be at least {LEAST.get(name, 1)}, not {value}")
+        if type(value) is float and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a number and at least 0, not {value}")
+        if name in MORE_THAN_0 and value == 0:
             raise ValueError(f"{name} must be more than 0")
-    for name in ("unconditional_share", "ema"):
-        if getattr(run, name) == 1:
+        if name in AT_MOST_1 and value > 1:
+            raise ValueError(f"{name} must be at most 1, not {value}")
+        if name in LESS_THAN_1 and value == 1:
             raise ValueError(f"{name} must be less than 1")
-    if run.eval_n < 2:
-        raise ValueError("eval_n must be at least 2")
+        if name == "seed" and value > 10**9:
+            raise ValueError(f"seed must be at most {10**9}, not {value}")
+
+def check_config(cfg):
+    """Raise ValueError, with one sentence, if options of the model do not go together."""
+    if cfg.code_levels**cfg.code_dim > 2**16:
+        raise ValueError("code_levels ** code_dim, the number of codes, must be at most 65536")
+    if cfg.dim % (2 * cfg.n_heads):
+        raise ValueError(f"dim ({cfg.dim}) must be a multiple of 2 * n_heads ({cfg.n_heads})")
+    if cfg.patch_size not in (1, 2, 4, 8) or cfg.latent_size % cfg.patch_size:
+        raise ValueError(f"patch_size must be 1, 2, 4, 8 and divide {cfg.latent_size}, latent_size")
+    if cfg.image_size not in [cfg.latent_size * 2**n for n in range(1, 10)]:
+        raise ValueError(f"image_size must be latent_size ({cfg.latent_size}) * 2, 4, 8, ...")
+
+def make_models(cfg, tokenizer):
+    """The untrained model and VAE that cfg.model names."""
+    if cfg.model == "chameleon":
+        return Chameleon(cfg, tokenizer), QuantisedVAE(cfg)
+    vae = VAE(cfg.image_size, cfg.latent_size, cfg.latent_channels, cfg.vae_dim, cfg.vae_kl)
+    return Transfusion(cfg, tokenizer), vae
 
 # ---- Optimisers ------------------------------------------------------------------------------------------------------
 
@@ -188,6 +221,18 @@ def train_vae(vae, pictures, steps):
     vae.calibrate(pictures[:1000])
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def log_likelihood(model, documents, next_token=EOS):
+    """Two tensors (B,): log P of each document, and the number of tokens in that sum.
+
+    These are the tokens with an LM loss: text, BOI, and at the end next_token, which is EOS, or BOI to ask whether an
+    image follows. The images are clean and are not scored.
+    """
+    logits, tokens = model.logits(documents)
+    has_loss = has_lm_loss(tokens)
+    targets = torch.where(tokens == EOS, next_token, tokens)
+    return -(next_token_losses(logits, targets) * has_loss).sum(1), has_loss.sum(1)
 
 class Trained:
     """A trained model as data/scores.py sees it: in terms of sentences and pictures, uint8 (N, H, W, 3)."""
@@ -332,7 +377,7 @@ def parse_options(argv):
             if f.type is bool:
                 kind = {"action": BooleanOptionalAction}
             else:
-                kind = {"type": f.type, "choices": (CHOICES | RUN_CHOICES).get(f.name)}
+                kind = {"type": f.type, "choices": CHOICES.get(f.name)}
             default = "" if f.default == "" else f" [{f.default}]"
             parser.add_argument("--" + f.name.replace("_", "-"), help=comments[f.name] + default, **kind)
     return vars(parser.parse_args(argv))
@@ -440,6 +485,7 @@ def main(argv=None):
 
     # A run continues a checkpoint, starts from that of another run, or starts from nothing.
     try:
+        check_options(options)
         if resume or eval_only:
             checkpoint, averaged, vae = load_checkpoint(directory, device)
             can_change = RESUME_OPTIONS if resume else SCORE_OPTIONS
@@ -462,6 +508,7 @@ def main(argv=None):
             cfg = replace(PRESETS[preset or "laptop"], **model_options)
             run = Run(**run_options)
             minutes_before = 0
+        check_config(cfg)
     except ValueError as error:
         sys.exit(f"These options do not work: {error}.")
     n_micro_batches = n_processes * run.accumulate

@@ -9,9 +9,9 @@ diffusion. BOI (begin of image) and EOI (end of image) mark where an image begin
 Attention is causal, except that the patches of one image all see each other. To generate, the
 model writes text until it predicts BOI; then it denoises an image, and goes on writing.
 
-A document is a Python list of parts in reading order. A part is a str or an image (the latents that
-a VAE makes of a picture). Three documents as the model sees them in training, with images of two
-patches:
+A document is a Python list of parts in reading order. A part is a str or an image. In this file a
+picture is pixels, and an image is the latents that a VAE makes of it. Three documents as the model
+sees them in training, with images of two patches:
 
     ["a red circle.", image]        draw what a caption says
         input     BOS  a    red     circle  .    BOI  patch  patch  EOI  EOS
@@ -28,29 +28,32 @@ patches:
         predicts  BOI  -    -      -      make it    green  .      BOI  -    -      -      EOS  -
         t                   t1     t1                                        t2     t2
 
-"predicts" is the token that the LM loss asks for at that position; "-" means no LM loss. After BOI
-or a patch comes another patch, or the EOI that `pack` appends after the N patches of an image: no
-token that must be predicted. "t" is the noise level of an image, from 0 (clean) to 1 (pure noise).
-Every image has its own.
+"predicts" is the token that the LM loss asks for at that position; "-" means no LM loss. BOI is
+followed by a patch, and a patch by another, or by the EOI that `pack` appends after the N patches
+of an image: none of these has to be predicted. At a patch, the output of the transformer is used to
+denoise that same patch, not the next one. "t" is the noise level of an image, from 0 (clean) to 1
+(pure noise). Every image has its own. (An instruction, like "make it green.", can be excluded from
+the LM loss, because a user writes it, not the model.)
 
-The text after an image sees the noised image, and a caption of pure noise would teach the model
-nothing. So in training, an image that opens a document and has something after it (the first image
+The text after an image sees the noised image, and it would be useless to learn to caption pure
+noise. So in training, an image that opens a document and has something after it (the first image
 of the second and of the third document) is noised at most to the noise cap. Every other image can
-have any t up to 1, because the model must learn to draw it from pure noise. For guidance it must
-also learn to draw without text, so some training documents are just [image].
+have any t up to 1, because the model must learn to draw it from pure noise. It must also learn to
+draw without text (see `guide`), so some training documents are just [image].
 
 The method ends with the section "Generation". After it come the tokenizer, the VAE, U-Net patches
-(the paper's alternative to linear ones), the baseline (Chameleon), and presets. `DEVIATION:` marks
-what differs from the paper, with the option that restores it if there is one. `NOT STATED:` marks
-what the paper leaves open.
+(the paper's alternative to linear ones), and the baseline, Chameleon. `DEVIATION:` marks what
+differs from the paper, with the option that restores it if there is one. `NOT STATED:` marks what
+the paper leaves open.
 
-Shapes: B documents, T positions, M images in the batch, C x H x W latents, N patches per image,
-P numbers per patch, D width of the transformer, V size of the vocabulary.
+Shapes: B documents, T positions, M images in the batch, C x H x W latents (by default 4 x 8 x 8),
+N patches per image (16), P numbers per patch (16), D width of the transformer (96), V size of the
+vocabulary.
 """
 
 import math
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -73,13 +76,13 @@ class Config:
     # DEVIATION: the paper's Llama block has no QK-norm (--no-qk-norm).
     qk_norm: bool = True  # normalise queries and keys; Chameleon always does
     bidirectional: bool = True  # the patches of an image see each other; off: causal attention only
-    target: str = "x0"  # what the model predicts of a noised image: eps, v or x0
-    t_power: float = 3.0  # distribution of t in training: 1 is uniform, more prefers noisier images
+    target: str = "x0"  # what the model predicts from a noised image: eps, v or x0
+    t_power: float = 3.0  # distribution of t in training: 1 is uniform, more favours noisier images
     patch_encoder: str = "linear"  # between latents and transformer: linear or unet
     unet_dim: int = 32  # channels of the U-Net at full resolution, doubled at each halving
     patch_position: bool = True  # learned embedding of the position of a patch in its image
     lambda_ddpm: float = 5.0  # weight of the diffusion loss, as in the paper
-    noise_cap: float = 0.5  # largest t of an image that comes first, with more after it
+    noise_cap: float = 0.5  # largest t in training of an image that opens a longer document
     instruction_loss: bool = True  # LM loss on text between two images; --task edit turns it off
     image_size: int = 32  # pixels per side of a picture
     latent_size: int = 8  # latents per side of an image
@@ -92,7 +95,6 @@ class Config:
     z_loss: float = 1e-5  # Chameleon: weight of log(Z)^2, with Z the denominator of the softmax
 
     def __post_init__(self):
-        check_config(self)  # raises ValueError; at the end of the file
         self.grid = self.latent_size // self.patch_size  # patches per side of an image
         self.n_patches = self.grid**2
         self.patch_dim = self.latent_channels * self.patch_size**2
@@ -104,19 +106,8 @@ SPECIAL_TOKENS = ["PAD", "BOS", "EOS", "BOI", "EOI", "PATCH"]
 PAD, BOS, EOS, BOI, EOI, PATCH = range(len(SPECIAL_TOKENS))
 N_SPECIAL = len(SPECIAL_TOKENS)  # token ids from here on are text
 
-def unconditional(document):
-    """The document without its text: [text, image] becomes [image].
-
-    And [image, instruction, image] becomes [image, image]: the image to be edited stays.
-
-    To draw with classifier-free guidance, the model predicts with the text and without it. To learn
-    the latter, train.py removes the text from a random tenth of the training documents that have
-    text before an image (--unconditional-share). Their losses are those of any other document.
-    """
-    return [part for part in document if not isinstance(part, str)]
-
 def pack(documents, tokenizer, cfg, end=True):
-    """Put documents of str and latents (C, H, W) into one batch. `end` closes each with EOS.
+    """Pack documents, whose parts are str or latents (C, H, W). `end` closes each with EOS.
 
     Returns
         tokens    (B, T) int64    token ids; PATCH at the position of a patch; PAD on the right
@@ -154,7 +145,8 @@ def attention_mask(image_id, bidirectional=True):
     T = image_id.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=image_id.device).tril()
     is_patch = image_id >= 0
-    same_image = (image_id[:, :, None] == image_id[:, None, :]) & is_patch[:, :, None]  # (B, T, T)
+    same_image = image_id[:, :, None] == image_id[:, None, :]  # (B, T, T)
+    same_image = same_image & is_patch[:, :, None]  # because text has -1 everywhere
     mask = (causal | same_image) if bidirectional else causal.expand_as(same_image)
     return mask[:, None]
 
@@ -168,7 +160,9 @@ def has_lm_loss(tokens, instruction_loss=True):
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     has_loss = (inputs != BOI) & (inputs != PATCH) & (targets != PAD)
     if not instruction_loss:
-        n_boi = (tokens == BOI).cumsum(1)  # BOI so far. In an edit: 0, then 1, then 2
+        # An edit:   BOS BOI patch patch EOI make it green . BOI patch patch EOI EOS
+        # n_boi:     0   1   1     1     1   1    1  1     1 2   2     2     2   2
+        n_boi = (tokens == BOI).cumsum(1)
         is_between = (n_boi > 0) & (n_boi < n_boi[:, -1:])  # after the first BOI, before the last
         is_instruction = is_between & (tokens >= N_SPECIAL)  # only its text, not BOI and EOI
         has_loss = has_loss & ~is_instruction[:, 1:]  # [:, 1:] are the targets
@@ -191,16 +185,13 @@ def q_sample(x0, eps, t):
     return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
 
 def diffusion_target(x0, eps, t, target):
-    """What the model should predict about x_t: the noise eps, the image x0, or the mixture v
-    (v-prediction, arXiv 2202.00512).
-
-    x_t = sqrt(ab) x0 + sqrt(1 - ab) eps, so x_t and one of them determine the other two. Suppose
-    that the model's estimate of the image is wrong by d. Then its estimate of the noise is wrong by
-    sqrt(ab / (1 - ab)) d, which is almost 0 near t = 1. But near t = 1 the text decides what is
-    drawn. So a loss on eps hardly punishes an image that ignores the text. A loss on x0 does.
+    """What the model should predict from x_t: the noise eps, the image x0, or the mixture v
+    (v-prediction, arXiv 2202.00512). x_t and one of them determine the other two.
 
     DEVIATION: the paper predicts eps (--target eps). With x0, a model of this size learns to draw
-    in far fewer steps (data/README.md).
+    in far fewer steps (data/README.md). Near t = 1 the text decides what is drawn. But there x_t is
+    almost equal to eps, so a model can predict eps well without reading the text. To predict x0, it
+    must read it.
     """
     ab = alpha_bar(t)
     if target == "eps":
@@ -210,21 +201,24 @@ def diffusion_target(x0, eps, t, target):
     return x0
 
 def predicted_x0(xt, pred, t, target):
-    """Solve x_t = sqrt(ab) x0 + sqrt(1 - ab) eps for x0, from the prediction of eps, v or x0."""
+    """Solve x_t = sqrt(ab) x0 + sqrt(1 - ab) eps for x0, given the prediction of eps, v or x0."""
     ab = alpha_bar(t)
     if target == "eps":
         return (xt - (1 - ab).sqrt() * pred) / ab.sqrt()
-    if target == "v":  # with x_t and v written out, eps cancels, and ab x0 + (1 - ab) x0 is left
+    if target == "v":  # insert x_t and v: eps cancels, which leaves ab x0 + (1 - ab) x0
         return ab.sqrt() * xt - (1 - ab).sqrt() * pred
     return pred
 
 def p_sample(xt, pred, t, t_next, target, eta=0.0):
-    """One denoising step, t to t_next < t, (M,) or (1,): equation 12 of DDIM (arXiv 2010.02502).
+    """One denoising step, from t to t_next < t, each (M,) or (1,). Equation 12 of DDIM
+    (arXiv 2010.02502):
 
-    Take the x0 and the eps that the prediction stands for, and mix them again as at t_next. With
-    eta = 0 (DDIM, the default) that is all. Otherwise fresh noise of variance sigma^2 replaces a
-    part of eps: together they still have variance 1 - ab_next. With eta = 1 (DDPM's ancestral
-    sampler) sigma^2 is the variance of the posterior q(x_t_next | x_t, x0).
+        x_t_next = sqrt(ab_next) x0 + sqrt(1 - ab_next - sigma^2) eps + sigma z,   z ~ N(0, 1)
+
+    Here x0 and eps are those that the prediction implies. The variances of eps and of the fresh
+    noise z add up to 1 - ab_next, as they must at t_next. With eta = 0 (DDIM, the default) sigma is
+    0. With eta = 1 (the ancestral sampler of DDPM) sigma^2 is the variance of x_t_next, given x_t
+    and x0.
 
     NOT STATED: which sampler the paper uses. DEVIATION: it takes 250 steps, and 25 to 50 steps of
     DDIM are enough here (250 steps of DDPM: sample.py --steps 250 --eta 1).
@@ -232,35 +226,44 @@ def p_sample(xt, pred, t, t_next, target, eta=0.0):
     ab, ab_next = alpha_bar(t), alpha_bar(t_next)
     x0 = predicted_x0(xt, pred, t, target)
     x0 = x0.clamp(-5, 5)  # latents have variance 1, but x0 from eps is divided by a tiny sqrt(ab)
-    eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()  # the noise that makes this x0 into x_t
-
-    # Adding noise from t_next to t is x_t = sqrt(alpha) x_t_next + sqrt(beta) noise.
-    alpha = ab / ab_next
-    beta = 1 - alpha
-    sigma = eta * (beta * (1 - ab_next) / (1 - ab)).sqrt()  # 0 if eta is 0
-    eps_scale = (1 - ab_next - sigma**2).clamp(min=0).sqrt()  # rounding can take it below 0
+    eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()  # from x_t and the clamped x0
+    beta = 1 - ab / ab_next  # variance of the noise that is added between t_next and t
+    sigma = eta * (beta * (1 - ab_next) / (1 - ab)).sqrt()
+    eps_scale = (1 - ab_next - sigma**2).clamp(min=0).sqrt()  # rounding can make it negative
     return ab_next.sqrt() * x0 + eps_scale * eps + sigma * torch.randn_like(xt)
 
 def training_times(n, t_power, device):
-    """Random times (n,), with density t_power * t^(t_power - 1).
+    """Random times (n,), with density t_power * t^(t_power - 1), by inverting its CDF t^t_power.
 
-    NOT STATED: their distribution. In DDPM it is uniform (t_power = 1). A larger t_power prefers
-    noisy images, for which the text decides what is drawn.
+    NOT STATED: their distribution. In DDPM it is uniform (t_power = 1). A larger t_power favours
+    noisy images, where the text decides what is drawn.
     """
     return torch.rand(n, device=device) ** (1 / t_power)
 
 def sampling_times(steps, t_power):
-    """Times of denoising, from 1 to 0 (steps + 1,).
+    """The times that denoising visits, from 1 to 0: (steps + 1,).
 
-    NOT STATED: their spacing. Here they are quantiles of the training times: where many times are
-    trained on, many steps are taken. With t_power = 3, the last of 25 steps goes from 0.34 to 0.
+    NOT STATED: their spacing. Here they are quantiles of the training times, so the steps are
+    small where training times are dense.
     """
     return torch.linspace(1, 0, steps + 1) ** (1 / t_power)
 
-def guide(with_text, without_text, guidance_scale):
-    """Classifier-free guidance: move the prediction away from what it would be without the text.
+def unconditional(document):
+    """The document without its text: [text, image] becomes [image].
 
-    At a given x_t, it makes no difference whether x0, eps or v is predicted and moved like this.
+    And [image, instruction, image] becomes [image, image]: the image to be edited stays.
+    """
+    return [part for part in document if not isinstance(part, str)]
+
+def guide(with_text, without_text, guidance_scale):
+    """Classifier-free guidance: move a prediction further away from what it is without the text.
+
+    A scale of 1 leaves it unchanged. Without the text means from the unconditional document. To
+    learn this, train.py makes a random tenth of the training documents with text before an image
+    unconditional (--unconditional-share), and they are trained like any other document.
+
+    Whether x0, eps or v is guided makes no difference: at a given x_t, each is a linear function of
+    each other plus a constant, and the weights 1 - scale and scale add up to 1.
     """
     return without_text + guidance_scale * (with_text - without_text)
 
@@ -384,8 +387,8 @@ class LinearPatchEncoder(nn.Module):
     """Section 3: add the embedding of t (P numbers) to every patch, then apply one linear layer.
 
     With this encoder, t enters the model only here. An encoder returns the embeddings of the
-    patches, and h_in, the skip connections that go around the transformer to the decoder. Only the
-    U-Net has them: here h_in is None.
+    patches, and what goes directly to the decoder, past the transformer: here nothing, in a U-Net
+    its skip connections.
     """
 
     def __init__(self, cfg):
@@ -404,7 +407,7 @@ class LinearPatchDecoder(nn.Module):
         self.patch_size, self.grid = cfg.patch_size, cfg.grid
         self.linear = nn.Linear(cfg.dim, cfg.patch_dim)
 
-    def forward(self, x, h_in):
+    def forward(self, x, skip):
         return unpatchify(self.linear(x), self.patch_size, self.grid)  # (M, C, H, W)
 
 # ---- Transfusion ---------------------------------------------------------------------------------
@@ -413,16 +416,18 @@ def next_token_losses(logits, tokens):
     """-log P(next token) at each position but the last: (B, T, V) and (B, T) -> (B, T - 1)."""
     return F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
 
-def comes_first_with_more_after(tokens, n_patches):
-    """Which images come first in their document and have something after them? (B, T) -> bool (M,).
+def is_capped(documents):
+    """For each image, in reading order: does it open its document, with something after it?
 
-    An image that is all of its document is the unconditional form, and the model must learn to draw
-    it from pure noise.
+    An image that is alone in its document is not capped. It is the unconditional form, and the
+    model must learn to draw it from pure noise.
     """
-    row, boi_position = (tokens == BOI).nonzero(as_tuple=True)  # of each image, in reading order
-    comes_first = boi_position == 1  # right after BOS
-    position_after = boi_position + 1 + n_patches + 1  # after BOI, the patches and EOI
-    return comes_first & (tokens[row, position_after] != EOS)  # training documents end with EOS
+    return [
+        position == 0 and len(document) > 1
+        for document in documents
+        for position, part in enumerate(document)
+        if not isinstance(part, str)
+    ]
 
 class Transfusion(nn.Module):
     def __init__(self, cfg, tokenizer):
@@ -430,7 +435,7 @@ class Transfusion(nn.Module):
         self.cfg, self.tokenizer = cfg, tokenizer
         self.token_embedding = nn.Embedding(len(tokenizer), cfg.dim)
         # DEVIATION: patches have a learned embedding of their position in the image. The paper
-        # mentions only the RoPE of their raster order in the sequence (--no-patch-position).
+        # mentions only RoPE, over the raster order of the patches (--no-patch-position).
         if cfg.patch_position:
             position = torch.empty(cfg.n_patches, cfg.dim)  # filled by init_matrices
             self.patch_position = nn.Parameter(position)
@@ -454,14 +459,14 @@ class Transfusion(nn.Module):
         """
         is_patch = image_id >= 0  # (B, T)
         x = self.token_embedding(tokens)  # (B, T, D)
-        patches, h_in = self.patch_encoder(latents, t)
+        patches, skip = self.patch_encoder(latents, t)
         patches = patches + self.patch_position  # (M, N, D)
         # The patches replace the embeddings of PATCH. Boolean indexing goes through the batch in
         # reading order, and latents are in that order.
         x[is_patch] = patches.flatten(0, 1).to(x.dtype)
         x = self.transformer(x, attention_mask(image_id, self.cfg.bidirectional))
         logits = self.lm_head(x)
-        pred = self.patch_decoder(x[is_patch].view(patches.shape), h_in)
+        pred = self.patch_decoder(x[is_patch].view(patches.shape), skip)
         return logits, pred
 
     def pack(self, documents, end=True):
@@ -477,17 +482,19 @@ class Transfusion(nn.Module):
         tokens, image_id, latents = self.pack(documents)
 
         # Every image has its own t. The noise cap (table 8): an image that opens its document, with
-        # something after it, gets a t that is uniform in [0, noise_cap].
+        # something after it, gets a t of at most noise_cap. NOT STATED: how it is distributed.
         t = training_times(len(latents), self.cfg.t_power, latents.device)  # (M,)
         capped_t = self.cfg.noise_cap * torch.rand_like(t)
-        t = torch.where(comes_first_with_more_after(tokens, self.cfg.n_patches), capped_t, t)
+        capped = torch.tensor(is_capped(documents), dtype=torch.bool, device=t.device)
+        t = torch.where(capped, capped_t, t)
 
         eps = torch.randn_like(latents)
 
-        # The denominators of both losses.
+        # The denominators of both losses. With noise_cap = 0, capped images are clean and have no
+        # diffusion loss; otherwise all images have one.
         has_loss = has_lm_loss(tokens, self.cfg.instruction_loss)
         n_predicted = has_loss.sum().clamp(min=1)  # tokens with an LM loss
-        n_noised = (t > 0).sum().clamp(min=1)  # with noise_cap = 0, capped images have no loss
+        n_noised = (t > 0).sum().clamp(min=1)
 
         if n_micro_batches > 1:
             tokens, image_id, has_loss, latents, t, eps = select_micro_batch(
@@ -508,18 +515,18 @@ class Transfusion(nn.Module):
     def logits(self, documents, end=True):
         """Next-token logits (B, T, V) of documents with clean images, and their tokens (B, T).
 
-        The images have t = 0 here. Training differs: there they are noised as well, the first one
-        up to noise_cap, and later ones to any t.
+        The images have t = 0 here. Training differs: there they are noised, an image that opens
+        the document up to noise_cap, and later ones to any t.
         """
         tokens, image_id, latents = self.pack(documents, end)
         logits, _ = self(tokens, image_id, latents, t=latents.new_zeros(len(latents)))
         return logits, tokens
 
     def predict_last_image(self, documents, t):
-        """The prediction (B, C, H, W) for the last image of each document, which is already noised
-        to t, one number for all.
+        """The prediction (B, C, H, W) for the last image of each document, which is an x_t. The
+        time t is the same for all.
 
-        The images before it are clean, with t = 0, which differs from training as in `logits`.
+        The images before it are clean, with t = 0. As in `logits`, training differs.
         """
         tokens, image_id, latents = self.pack(documents, end=False)
         last = image_id.amax(1)  # (B,) the index in latents of each document's last image
@@ -529,11 +536,12 @@ class Transfusion(nn.Module):
         return pred[last]
 
     def draw(self, documents, steps, guidance_scale, eta):
-        """Diffusion mode: append noise to each document, in place, and denoise it step by step.
+        """Diffusion mode, which `generate` enters when a model has predicted BOI: append noise to
+        each document, in place, and denoise it step by step. Yields at every step.
 
-        It yields at every step, so that the caller can show the documents. Each step runs the
-        whole sequence. A key-value cache would save the part before the image, but that is short
-        here: a cache pays only with long texts or many images.
+        The last part of a document is the current x_t, and every step runs the whole sequence. A
+        key-value cache would save the part before the image, but that is short here: a cache pays
+        off only with long texts or many images.
         """
         device = self.lm_head.weight.device
         xt = torch.randn(len(documents), *self.cfg.latent_shape, device=device)
@@ -570,10 +578,11 @@ def sample_tokens(logits, temperature):
     return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
 
 def append_token(document, token, tokenizer):
-    """Add a token of text to the end of a document, in place.
+    """Append a text token to a document, in place.
 
     Documents hold text, not tokens: the token is decoded here, and `pack` encodes the text again.
-    (If bytes together spell a known word, they become its token, which does no harm.)
+    (If the model spells a known word byte by byte, the bytes become the token of that word. The
+    text is the same.)
     """
     if document and isinstance(document[-1], str):
         document[-1] = tokenizer.decode(tokenizer.encode(document[-1]) + [token])
@@ -581,9 +590,8 @@ def append_token(document, token, tokenizer):
         document.append(tokenizer.decode([token]))
 
 def write(model, documents, max_tokens, temperature, wants_image):
-    """LM mode: add text to documents, in place, until each predicts BOI or EOS: max_tokens at most.
-
-    Documents that predict BOI are appended to the list wants_image. Yields at every token.
+    """LM mode: append text to documents, in place, until each predicts BOI or EOS, or has written
+    max_tokens. Documents that predict BOI go to the list wants_image. Yields at every token.
     """
     writing = documents
     for _ in range(max_tokens):
@@ -601,8 +609,11 @@ def write(model, documents, max_tokens, temperature, wants_image):
         yield
 
 @torch.no_grad()
-def generate(model, documents, max_tokens=64, max_images=1, steps=50, guidance_scale=2.0, eta=0.0,
-             temperature=0.0):
+def generate(
+    model, documents, max_tokens=64, max_images=1,
+    steps=50, guidance_scale=2.0, eta=0.0,  # how images are sampled
+    temperature=0.0,  # how text is sampled
+):
     """Section 3, inference: continue documents of str and latents until EOS.
 
     The model itself decides when to draw: by predicting BOI. A document also ends after max_tokens
@@ -613,8 +624,8 @@ def generate(model, documents, max_tokens=64, max_images=1, steps=50, guidance_s
     """
     documents = [list(document) for document in documents]  # copies, which grow below
     active = documents
-    for n_drawn in range(max_images + 1):  # the last round only writes
-        wants_image = []
+    for n_drawn in range(max_images + 1):  # so many images have been drawn for each active document
+        wants_image = []  # `write` puts the documents here that predict BOI
         for _ in write(model, active, max_tokens, temperature, wants_image):
             yield documents
         if not wants_image or n_drawn == max_images:
@@ -626,28 +637,31 @@ def generate(model, documents, max_tokens=64, max_images=1, steps=50, guidance_s
 # ---- Tokenizer: text to tokens and back ----------------------------------------------------------
 
 class Tokenizer:
-    """One token for each known word. All other text becomes its UTF-8 bytes, one token each.
+    """A known word, with the space before it, is one token. Other text becomes its UTF-8 bytes.
 
-    The token of a word includes the space before it, and one space is put before the whole text.
-    So every string survives encode and decode: "a red dog" is " a", " red" and the bytes of " dog".
+    Encoding puts a space before the text, and decoding removes it. So if only " a" and " red"
+    are known, "a red dog" is the tokens " a" and " red", and one token for each byte of " dog".
     """
 
     def __init__(self, words):
         self.words = list(words)
-        pieces = [w.encode() if w in ".,;:!?" else b" " + w.encode() for w in self.words]
-        self.bytes_of = [b""] * N_SPECIAL + [bytes([i]) for i in range(256)] + pieces
-        self.id_of = {piece: i for i, piece in enumerate(self.bytes_of) if piece}
-        longest_first = sorted(pieces, key=len, reverse=True)
-        known_words = [re.escape(piece) + rb"(?!\w)" for piece in longest_first]
-        self.pattern = re.compile(b"|".join([*known_words, b"."]), re.DOTALL)  # or any one byte
+        pieces = [word if word in ".,;:!?" else " " + word for word in self.words]
+        self.bytes_of = [b""] * N_SPECIAL + [bytes([i]) for i in range(256)]
+        self.bytes_of += [piece.encode() for piece in pieces]
+        self.id_of = {piece: N_SPECIAL + 256 + i for i, piece in enumerate(pieces)}
 
     def __len__(self):
         return len(self.bytes_of)
 
     def encode(self, text):
         """str -> list of token ids."""
-        text_bytes = b" " + text.encode(errors="surrogateescape")
-        return [self.id_of[piece] for piece in self.pattern.findall(text_bytes)]
+        ids = []
+        for piece in re.findall(r" ?[^\s.,;:!?]+|.", " " + text, re.DOTALL):  # words and the rest
+            if piece in self.id_of:
+                ids.append(self.id_of[piece])
+            else:
+                ids += [N_SPECIAL + byte for byte in piece.encode(errors="surrogateescape")]
+        return ids
 
     def decode(self, ids):
         """List of token ids -> str, the inverse of encode. Special tokens are skipped.
@@ -759,7 +773,7 @@ class UNetDown(nn.Module):
     """The paper's other patch encoder: the first half of a U-Net, from latents and t to patches.
 
     It halves the resolution log2(patch_size) times, until each patch is one pixel. Its features at
-    all resolutions, and the embedding of t, are h_in: they bypass the transformer.
+    all resolutions, and the embedding of t, bypass the transformer and go to the second half.
     """
 
     def __init__(self, cfg, time_dim=128):
@@ -769,22 +783,23 @@ class UNetDown(nn.Module):
         self.time = TimeEmbedding(time_dim)
         self.first = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList(ResBlock(width, width, time_dim) for width in widths)
-        self.downsample = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
+        downsample = [nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths)]
+        self.downsample = nn.ModuleList([*downsample, nn.Identity()])  # none after the last block
         self.last = nn.Linear(widths[-1], cfg.dim)
 
     def forward(self, latents, t):
         time = self.time(t)
         x = self.first(latents)
-        skips = []
-        for block, downsample in zip(self.blocks, [*self.downsample, nn.Identity()]):
+        features = []
+        for block, downsample in zip(self.blocks, self.downsample):
             x = block(x, time)
-            skips.append(x)  # (M, width, H / 2^i, W / 2^i)
+            features.append(x)  # (M, width, H / 2^i, W / 2^i)
             x = downsample(x)
         x = x.flatten(2).transpose(1, 2)  # (M, N, width)
-        return self.last(x), (time, skips)  # (M, N, D)
+        return self.last(x), (time, features)  # (M, N, D)
 
 class UNetUp(nn.Module):
-    """The second half of the U-Net: from the transformer's output and h_in to a prediction."""
+    """The second half of the U-Net: from the transformer's output to a prediction (M, C, H, W)."""
 
     def __init__(self, cfg, time_dim=128):
         super().__init__()
@@ -793,80 +808,82 @@ class UNetUp(nn.Module):
         widths = [cfg.unet_dim * 2**i for i in reversed(range(n_resolutions))]
         self.first = nn.Linear(cfg.dim, widths[0])
         self.blocks = nn.ModuleList(ResBlock(2 * width, width, time_dim) for width in widths)
-        self.upsample = nn.ModuleList(
-            nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairwise(widths)
-        )
+        upsample = [nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairwise(widths)]
+        self.upsample = nn.ModuleList([*upsample, nn.Identity()])  # none after the last block
         self.last = nn.Conv2d(widths[-1], cfg.latent_channels, 3, padding=1)
 
-    def forward(self, x, h_in):
-        time, skips = h_in
+    def forward(self, x, skip):
+        time, features = skip
         x = self.first(x).transpose(1, 2)  # (M, width, N)
         x = x.unflatten(2, (self.grid, self.grid))
-        for block, skip, upsample in zip(self.blocks, skips[::-1], [*self.upsample, nn.Identity()]):
-            x = block(torch.cat([x, skip], dim=1), time)
+        for block, upsample, feature in zip(self.blocks, self.upsample, reversed(features)):
+            x = block(torch.cat([x, feature], dim=1), time)
             x = upsample(x)
         return self.last(x)  # (M, C, H, W)
 
 # ---- Chameleon: the baseline, with discrete images -----------------------------------------------
 
-def quantise(z, levels):
-    """Finite scalar quantisation (arXiv 2309.15505): round to one of `levels` values around 0.
-
-    DEVIATION: the paper's quantiser takes the nearest of 16,384 learned vectors, with a codebook
-    loss. Here the vectors lie on a fixed grid, so there is no codebook that must be trained.
-    """
-    half = (levels - 1) / 2  # 2 for the five levels -2, -1, 0, 1, 2
-    z = z.tanh() * half
-    rounded = (z + half).round() - half
-    return z + (rounded - z).detach()  # the gradient passes as if nothing had been rounded
-
 class QuantisedVAE(VAE):
-    """The VAE with a quantised bottleneck, no noise and no KL loss. It makes codes (N,).
+    """A VAE whose latent vectors, one for each patch, are rounded to the vectors of a codebook.
 
-    Use it in eval mode, so that its BatchNorm does not depend on the batch.
+    It adds no noise and has no KL loss. An image becomes codes (N,), indices into the codebook.
+
+    DEVIATION: the paper learns 16,384 vectors, with a codebook loss. Our codebook is fixed: all
+    points of a grid (FSQ, arXiv 2309.15505). Four entries of five levels make 5^4 = 625 vectors.
     """
 
     def __init__(self, cfg):
-        # One latent vector for each patch. The encoder's log variances are not used.
-        super().__init__(cfg.image_size, cfg.grid, cfg.code_dim, cfg.vae_dim, cfg.vae_kl)
-        self.levels, self.grid = cfg.code_levels, cfg.grid
+        super().__init__(
+            cfg.image_size, latent_size=cfg.grid, latent_channels=cfg.code_dim,
+            dim=cfg.vae_dim, kl=cfg.vae_kl,
+        )
+        self.grid = cfg.grid
         # Normalise to variance 1. Otherwise nearly all entries are rounded to the middle level.
+        # BatchNorm needs eval mode (vae.eval()) when it is not training.
         self.normalise = nn.BatchNorm2d(cfg.code_dim, affine=False)
-        # The entries of a vector, as digits in base `levels`, make up the number of its code.
-        place_values = cfg.code_levels ** torch.arange(cfg.code_dim)[:, None, None]
-        self.register_buffer("place_values", place_values)  # (code_dim, 1, 1)
+        levels = torch.arange(cfg.code_levels) - (cfg.code_levels - 1) / 2  # five: -2, -1, 0, 1, 2
+        points = torch.cartesian_prod(*[levels] * cfg.code_dim).view(-1, cfg.code_dim)
+        self.register_buffer("codebook", points.flip(1))  # (codes, code_dim), in no special order
 
-    def quantised(self, pictures):
-        """uint8 (M, H, W, 3) -> (M, code_dim, grid, grid)."""
-        z, _ = self.encoder(self.to_input(pictures)).chunk(2, dim=1)
-        return quantise(self.normalise(z), self.levels)
+    def quantise(self, z):
+        """Round z (M, code_dim, grid, grid). Returns codes (M, N), and vectors, shaped like z."""
+        z = self.normalise(z).tanh() * self.codebook.max()  # within the grid
+        distances = torch.cdist(z.detach().flatten(2).transpose(1, 2), self.codebook)
+        codes = distances.argmin(-1)  # the nearest vectors of the codebook
+        # Straight-through: the value is the nearest vector, and the gradient that of z.
+        return codes, z + (self.vectors_of(codes) - z).detach()
+
+    def vectors_of(self, codes):
+        """(M, N) -> (M, code_dim, grid, grid)."""
+        return self.codebook[codes].transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
     def loss(self, pictures):
-        return F.mse_loss(self.decoder(self.quantised(pictures)), self.to_input(pictures))
+        x = self.to_input(pictures)
+        z, _ = self.encoder(x).chunk(2, dim=1)  # the log variances are not used
+        _, vectors = self.quantise(z)
+        return F.mse_loss(self.decoder(vectors), x)
 
     def calibrate(self, pictures):
-        """There is nothing to measure: the grid has a fixed scale."""
+        """There is nothing to measure: the codebook has a fixed scale."""
 
     @torch.no_grad()
     def encode(self, pictures):
         """uint8 (M, H, W, 3) -> codes (M, N) int64."""
-        z = torch.cat([self.quantised(part) for part in pictures.split(512)])
-        digits = (z + (self.levels - 1) / 2).round().long()  # from 0 to levels - 1
-        return (digits * self.place_values).sum(1).flatten(1)
+        encoded = [self.encoder(self.to_input(part)) for part in pictures.split(512)]
+        z, _ = torch.cat(encoded).chunk(2, dim=1)
+        return torch.cat([self.quantise(part)[0] for part in z.split(64)])  # to save memory
 
     @torch.no_grad()
     def decode(self, codes):
         """Codes (M, N) -> uint8 (M, H, W, 3)."""
-        codes = codes.view(-1, 1, self.grid, self.grid)
-        digits = codes // self.place_values % self.levels  # (M, code_dim, grid, grid)
-        return self.to_pictures(self.decoder(digits - (self.levels - 1) / 2))
+        return self.to_pictures(self.decoder(self.vectors_of(codes)))
 
 class Chameleon(nn.Module):
-    """The discrete baseline (arXiv 2405.09818): the same trunk and documents, as a language model.
+    """The discrete baseline (arXiv 2405.09818): a language model with the same trunk and documents.
 
-    An image is N codes between BOI and EOI, and each code is a word of the vocabulary. So there is
-    only the next-token loss, attention is causal, and to draw is to sample codes. There is no
-    diffusion, no t, and no patch encoder.
+    An image is N codes between BOI and EOI. Codes are tokens: their ids follow those of text. So
+    there is only the next-token loss, attention is causal, and drawing means sampling codes. There
+    is no diffusion, no t, no patch encoder, and no embedding of the position in the image.
     """
 
     def __init__(self, cfg, tokenizer):
@@ -880,156 +897,88 @@ class Chameleon(nn.Module):
         self.lm_head = nn.Linear(cfg.dim, vocab_size, bias=False)
         init_matrices(self, cfg.n_layers)
 
-    def forward(self, tokens):
-        """(B, T) -> logits (B, T, V)."""
-        causal = attention_mask(torch.full_like(tokens, -1), bidirectional=False)
-        return self.lm_head(self.transformer(self.token_embedding(tokens), causal))
+    def forward(self, ids):
+        """Token ids (B, T), of text and codes -> next-token logits (B, T, V)."""
+        causal = attention_mask(torch.full_like(ids, -1), bidirectional=False)
+        return self.lm_head(self.transformer(self.token_embedding(ids), causal))
 
     def pack(self, documents, end=True):
-        """Documents of str and codes (n,) -> tokens (B, T), padded on the right.
-
-        An image that is not finished, n < N, has no EOI yet.
+        """Documents of str and codes (N,) -> tokens and image_id, as Transfusion has them, and ids:
+        the tokens with codes in place of PATCH. All are (B, T).
         """
-        rows = []
-        for document in documents:
-            tokens = [BOS]
-            for part in document:
-                if isinstance(part, str):
-                    tokens += self.tokenizer.encode(part)
-                else:
-                    tokens += [BOI] + (len(self.tokenizer) + part).tolist()
-                    tokens += [EOI] if len(part) == self.cfg.n_patches else []
-            tokens += [EOS] if end else []
-            rows.append(torch.tensor(tokens))
-        tokens = pad_sequence(rows, batch_first=True, padding_value=PAD)
-        return tokens.to(self.lm_head.weight.device)
+        batch = pack(documents, self.tokenizer, self.cfg, end)
+        tokens, image_id, codes = [tensor.to(self.lm_head.weight.device) for tensor in batch]
+        ids = tokens.clone()
+        ids[image_id >= 0] = len(self.tokenizer) + codes.flatten().long()
+        return tokens, image_id, ids
 
     def loss(self, documents, micro_batch=0, n_micro_batches=1):
-        """The mean over text and codes, with the z-loss. Returns (loss, loss_text, loss_codes).
+        """The next-token loss, with a z-loss. Returns (loss, loss_text, loss_codes).
 
-        There is a loss wherever Transfusion has one, and wherever the target is a code. There is
-        none where it is EOI, which is appended here too. The arguments are those of
-        Transfusion.loss.
+        It is the mean over the positions where Transfusion has an LM loss, and those that predict a
+        code. The arguments are those of Transfusion.loss.
         """
-        tokens = self.pack(documents)
-        is_code = tokens[:, 1:] >= len(self.tokenizer)
-        is_text = has_lm_loss(self.without_codes(tokens), self.cfg.instruction_loss)
-        n_text, n_codes = is_text.sum(), is_code.sum()
-        tokens, is_code, is_text = (
-            x[micro_batch::n_micro_batches] for x in (tokens, is_code, is_text)
-        )
+        tokens, image_id, ids = self.pack(documents)
+        predicts_text = has_lm_loss(tokens, self.cfg.instruction_loss)
+        predicts_code = image_id[:, 1:] >= 0
+        n_text, n_codes = predicts_text.sum(), predicts_code.sum()
 
-        logits = self(tokens)
-        losses = next_token_losses(logits, tokens)
+        own = slice(micro_batch, None, n_micro_batches)  # every document, without micro-batches
+        ids, predicts_text, predicts_code = ids[own], predicts_text[own], predicts_code[own]
+        logits = self(ids)
+        losses = next_token_losses(logits, ids)
+        loss_text = (losses * predicts_text).sum() / n_text.clamp(min=1)
+        loss_codes = (losses * predicts_code).sum() / n_codes.clamp(min=1)
+
         z_loss = self.cfg.z_loss * logits[:, :-1].logsumexp(-1).square()
-        loss = ((losses + z_loss) * (is_text | is_code)).sum() / (n_text + n_codes).clamp(min=1)
-        loss_text = (losses * is_text).sum() / n_text.clamp(min=1)
-        loss_codes = (losses * is_code).sum() / n_codes.clamp(min=1)
+        has_loss = predicts_text | predicts_code
+        loss = ((losses + z_loss) * has_loss).sum() / (n_text + n_codes).clamp(min=1)
         return loss, loss_text, loss_codes
-
-    def without_codes(self, tokens):
-        """The same tokens with PATCH for every code, as Transfusion has them."""
-        return torch.where(tokens < len(self.tokenizer), tokens, PATCH)
 
     def logits(self, documents, end=True):
         """Next-token logits (B, T, V) of documents, and their tokens (B, T): PATCH for codes."""
-        tokens = self.pack(documents, end)
-        return self(tokens), self.without_codes(tokens)
+        tokens, _, ids = self.pack(documents, end)
+        return self(ids), tokens
+
+    def predict_last_image(self, documents):
+        """Logits (B, N, codes) for the codes in the last image of each document."""
+        _, image_id, ids = self.pack(documents, end=False)
+        is_last = image_id == image_id.amax(1, keepdim=True)
+        logits = self(ids)[:, :-1][is_last[:, 1:]]  # each is predicted one position before it
+        logits = logits.view(len(documents), self.cfg.n_patches, -1)
+        return logits[:, :, len(self.tokenizer) :]
 
     def draw(self, documents, steps, guidance_scale, eta):
-        """Append an image to each document, code by code. Yields at every code.
+        """Append an image to each document, in place, code by code. Yields at every code.
 
-        Guidance works on the logits. `steps` and `eta` belong to diffusion and have no effect here.
-        While it grows, an image has n < N codes; `QuantisedVAE.decode` needs all N.
+        Codes that are not drawn yet are 0: attention is causal, so they do not matter. `steps` and
+        `eta` belong to diffusion and have no effect.
         """
         device = self.lm_head.weight.device
-        for document in documents:
-            document.append(torch.zeros(0, dtype=torch.long, device=device))
-        for _ in range(self.cfg.n_patches):
-            logits = at_last_token(*self.logits(documents, end=False))
+        codes = torch.zeros(len(documents), self.cfg.n_patches, dtype=torch.long, device=device)
+        for document, image in zip(documents, codes):
+            document.append(image)
+        for n in range(self.cfg.n_patches):
+            logits = self.predict_last_image(documents)[:, n]
             if guidance_scale != 1:
                 without_text = [unconditional(document) for document in documents]
-                logits_without = at_last_token(*self.logits(without_text, end=False))
+                logits_without = self.predict_last_image(without_text)[:, n]
                 logits = guide(logits, logits_without, guidance_scale)
-            codes = sample_tokens(logits[:, len(self.tokenizer) :], temperature=1.0)
-            for document, code in zip(documents, codes):
-                document[-1] = torch.cat([document[-1], code[None]])
+            codes[:, n] = sample_tokens(logits, temperature=1.0)
+            for document, image in zip(documents, codes.clone()):
+                document[-1] = image
             yield
 
-# ---- Making and scoring models, presets ----------------------------------------------------------
+# ---- Micro-batches -------------------------------------------------------------------------------
 
 def select_micro_batch(i, n, tokens, image_id, has_loss, latents, t, eps):
     """Documents i, i + n, i + 2n, ... of a batch, and their images.
 
     Several processes, or the steps of gradient accumulation, pack the same documents, draw the same
-    noise from the same seed, and then run one micro-batch each. The losses of all micro-batches add
-    up to the batch's. (image_id counts the whole batch's images, but tells which are the same.)
+    noise from the same seed, and then run one micro-batch each. Because the denominators are those
+    of the whole batch, the losses of all micro-batches add up to its loss.
     """
-    document = (tokens == BOI).nonzero()[:, 0]  # the document that each image is in (M,)
+    document = (tokens == BOI).nonzero()[:, 0]  # each image has one BOI: whose is it? (M,)
     of_documents = [x[i::n] for x in (tokens, image_id, has_loss)]
     of_images = [x[document % n == i] for x in (latents, t, eps)]
     return *of_documents, *of_images
-
-def make_models(cfg, tokenizer):
-    """The untrained model and VAE that cfg.model names."""
-    if cfg.model == "chameleon":
-        return Chameleon(cfg, tokenizer), QuantisedVAE(cfg)
-    vae = VAE(cfg.image_size, cfg.latent_size, cfg.latent_channels, cfg.vae_dim, cfg.vae_kl)
-    return Transfusion(cfg, tokenizer), vae
-
-@torch.no_grad()
-def log_likelihood(model, documents, next_token=EOS):
-    """Two tensors (B,): log P of each document, and the number of tokens in that sum.
-
-    These are the tokens with an LM loss: text, BOI, and at the end next_token, which is EOS, or BOI
-    to ask whether an image follows. The images are clean and are not scored.
-    """
-    logits, tokens = model.logits(documents)
-    has_loss = has_lm_loss(tokens)
-    targets = torch.where(tokens == EOS, next_token, tokens)
-    return -(next_token_losses(logits, targets) * has_loss).sum(1), has_loss.sum(1)
-
-CHOICES = {
-    "model": ("transfusion", "chameleon"),
-    "target": ("eps", "v", "x0"),
-    "patch_encoder": ("linear", "unet"),
-}
-
-def check_config(cfg):
-    """Raise ValueError, with one sentence, if a Config cannot work."""
-    for name, choices in CHOICES.items():
-        value = getattr(cfg, name)
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-    for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        if f.type is int and value < 1:
-            raise ValueError(f"{f.name} must be at least 1, not {value}")
-        if f.type is float and not 0 <= value < math.inf:
-            raise ValueError(f"{f.name} must be a number and at least 0, not {value}")
-    if cfg.t_power == 0:
-        raise ValueError("t_power must be more than 0")
-    if not 2 <= cfg.code_levels**cfg.code_dim <= 2**16:
-        raise ValueError("code_levels ** code_dim, the number of codes, must be from 2 to 65536")
-    if cfg.noise_cap > 1:
-        raise ValueError(f"noise_cap must be at most 1, not {cfg.noise_cap}")
-    if cfg.dim % (2 * cfg.n_heads):
-        raise ValueError(f"dim ({cfg.dim}) must be a multiple of 2 * n_heads ({cfg.n_heads})")
-    if cfg.patch_size not in (1, 2, 4, 8) or cfg.latent_size % cfg.patch_size:
-        raise ValueError(f"patch_size must be 1, 2, 4, 8 and divide {cfg.latent_size}, latent_size")
-    if cfg.image_size not in [cfg.latent_size * 2**n for n in range(1, 10)]:
-        raise ValueError(f"image_size must be latent_size ({cfg.latent_size}) * 2, 4, 8, ...")
-
-PAPER = {"qk_norm": False, "target": "eps", "t_power": 1.0, "patch_position": False}
-PAPER_VAE = {"image_size": 256, "latent_size": 32, "latent_channels": 8, "vae_dim": 128}
-PRESETS = {
-    "laptop": Config(),
-    "laptop-paper": Config(**PAPER),  # the paper's choices at the size of the laptop
-    "tiny": Config(dim=32, n_layers=2, n_heads=2, vae_dim=8),  # for tests
-    # The paper's sizes of the transformer. The VAE, and a U-Net, are smaller than the paper's.
-    "0.16B": Config(**PAPER, **PAPER_VAE, dim=768, n_layers=16, n_heads=12),
-    "0.37B": Config(**PAPER, **PAPER_VAE, dim=1024, n_layers=24, n_heads=16),
-    "0.76B": Config(**PAPER, **PAPER_VAE, dim=1536, n_layers=24, n_heads=24),
-    "1.4B": Config(**PAPER, **PAPER_VAE, dim=2048, n_layers=24, n_heads=16),
-    "7B": Config(**PAPER, **PAPER_VAE, dim=4096, n_layers=32, n_heads=32),
-}

@@ -52,10 +52,20 @@ RUNS = {
     "x0": "--steps 6600",
     "x0-unet": "--steps 4000 --patch-encoder unet",
     "x0-unet-causal": "--steps 4000 --patch-encoder unet --no-bidirectional",
+    "64-patches-long": "--patch-size 1 --batch-size 13 --steps 6600",
+    "64-patches-unet": "--patch-size 1 --batch-size 13 --steps 5280 --patch-encoder unet",
+    "4-patches-long": "--patch-size 4 --batch-size 52 --steps 6600",
+    "4-patches-unet": "--patch-size 4 --batch-size 52 --steps 1960 --patch-encoder unet",
+
+    "small-eps": "--dim 64 --n-heads 4 --steps 6600 --target eps --t-power 1",
+    "small-eps-unet": "--dim 64 --n-heads 4 --steps 2800 --target eps --t-power 1 --patch-encoder unet",
+    "large-eps": "--dim 128 --n-heads 8 --steps 6600 --target eps --t-power 1",
+    "large-eps-unet": "--dim 128 --n-heads 8 --steps 4830 --target eps --t-power 1 --patch-encoder unet",
 }
 # The paper's choices, at the size of the toy: about 45 minutes each.
 PAPER = ("--preset laptop-paper --n-layers 6 --batch-size 64 --caption-first 0.8 --guidance-scale 3 "
          "--sample-steps 250 --eta 1")
+RUNS["paper-unet-short"] = f"{PAPER} --patch-encoder unet --steps 5400 --eval-every 1350"  # half an hour, on one thread
 RUNS["paper-unet"] = f"{PAPER} --patch-encoder unet --steps 9000 --eval-every 1500"
 RUNS["paper-linear"] = f"{PAPER} --steps 12000 --eval-every 2000"
 RATES = "2e-3", "4e-3", "8e-3", "16e-3"

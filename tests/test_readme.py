@@ -79,6 +79,7 @@ def test_the_tables_are_those_that_the_command_prints_from_the_collected_results
 def test_the_options_of_all_experiments_work():
     for options in experiments.RUNS.values():
         given = train.parse_options(options.split())
+        train.check_options(given)
         train.Run(**{name: value for name, value in given.items() if name in train.Run.__dataclass_fields__})
     for table in experiments.TABLES.values():
         runs = {run for run, _ in table.rows.values()}

@@ -28,8 +28,11 @@ import train
 from data import compare, experiments, shapes
 from data.files import load_picture
 from data.tasks import TASKS
-from train import Muon, Run, Trained, learning_rate, load_checkpoint, make_optimizers, parse_options
-from transfusion import BOI, EOS, PRESETS, VAE, Config, Tokenizer, Transfusion
+from train import (
+    PRESETS, Muon, Run, Trained, check_config, check_options, learning_rate, load_checkpoint, make_optimizers,
+    parse_options,
+)
+from transfusion import BOI, EOS, VAE, Config, Tokenizer, Transfusion
 
 torch.set_num_threads(1)  # the quickest for models as tiny as these; and `start` does the same
 ROOT = Path(__file__).parents[1]
@@ -548,7 +551,8 @@ def test_every_number_is_checked():
     for name, value in WRONG:
         kind, number = NUMBERS[name]
         with pytest.raises(ValueError, match=rf"\b{name}\b"):
-            kind(**{name: number(value)})
+            check_options({name: number(value)})
+            check_config(kind(**{name: number(value)}))
 
 def test_train_checks_every_number_before_it_does_anything(in_an_empty_directory):
     for name, value in dict(WRONG).items():  # one value for each

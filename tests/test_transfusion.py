@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 
 import transfusion
+from train import PRESETS, check_config, check_options, log_likelihood, make_models
 from transfusion import (
-    BOI, BOS, EOI, EOS, N_SPECIAL, PAD, PATCH, PRESETS, SPECIAL_TOKENS, VAE, Chameleon, Config, QuantisedVAE,
+    BOI, BOS, EOI, EOS, N_SPECIAL, PAD, PATCH, SPECIAL_TOKENS, VAE, Chameleon, Config, QuantisedVAE,
     Tokenizer, Transfusion, Transformer, UNetDown, UNetUp, alpha_bar, append_token, attention_mask,
-    diffusion_target, encode_pictures, generate, guide, has_lm_loss, log_likelihood, make_models,
-    next_token_logits, p_sample, pack, patchify, predicted_x0, q_sample, quantise, rope_angles, rotate,
+    diffusion_target, encode_pictures, generate, guide, has_lm_loss, next_token_logits,
+    p_sample, pack, patchify, predicted_x0, q_sample, rope_angles, rotate,
     sample_tokens, sampling_times, training_times, unconditional, unpatchify,
 )
 
@@ -401,7 +402,7 @@ def test_nothing_that_has_a_loss_depends_on_its_own_target(kind, document):
     def gradients(output):
         return torch.autograd.grad(output.square().sum(), inputs, retain_graph=True, materialize_grads=True)
     if kind == "chameleon":
-        tokens, inputs = packed, entered
+        (_, _, tokens), inputs = packed, entered
         logits = model(tokens)
         counts = torch.ones_like(tokens[:, 1:])  # even EOI, which follows the last code, must not be seen
     else:
@@ -459,9 +460,9 @@ def test_padding_and_the_rest_of_the_batch_change_nothing(kind):
                              [IMAGE, "a red."]], model.cfg)
     packed = model.pack(documents)
     if kind == "chameleon":
-        logits = model(packed)
+        logits = model(packed[2])
         for row, document in enumerate(documents):
-            alone = model(model.pack([document]))[0]
+            alone = model(model.pack([document])[2])[0]
             torch.testing.assert_close(logits[row, :len(alone)], alone, atol=1e-4, rtol=1e-4)
         return
     t = torch.rand(4)
@@ -516,18 +517,18 @@ def test_the_unet_makes_patches_of_every_size_and_depends_on_t_and_the_skips(pat
     torch.manual_seed(0)
     down, up, latents, t = UNetDown(cfg), UNetUp(cfg), torch.randn(6, 4, 8, 8), torch.rand(6)
     with torch.no_grad():
-        patches, h_in = down(latents, t)
-        other_patches, other_h_in = down(latents, 1 - t)
-        pred = up(patches, h_in)
+        patches, skip = down(latents, t)
+        other_patches, other_skip = down(latents, 1 - t)
+        pred = up(patches, skip)
         assert patches.shape == (6, cfg.n_patches, cfg.dim) and pred.shape == latents.shape
         assert (patches - other_patches).abs().amax((1, 2)).min() > 1e-3  # patches know their t
-        (time, skips), (other_time, _) = h_in, other_h_in
+        (time, skips), (other_time, _) = skip, other_skip
         assert (up(patches, (other_time, skips)) - pred).abs().amax((1, 2, 3)).min() > 1e-3
         assert len(skips) == int(math.log2(patch_size)) + 1
         for i in range(len(skips)):
-            without = [torch.zeros_like(skip) if i == j else skip for j, skip in enumerate(skips)]
+            without = [torch.zeros_like(x) if i == j else x for j, x in enumerate(skips)]
             assert (up(patches, (time, without)) - pred).abs().max() > 1e-3  # every resolution has its skip
-        assert up(patches + 1, h_in).sub(pred).abs().max() > 1e-3
+        assert up(patches + 1, skip).sub(pred).abs().max() > 1e-3
         one, _ = down(latents[:1], t[:1])  # images do not mix
         torch.testing.assert_close(one[0], patches[0], atol=1e-5, rtol=1e-5)
 
@@ -928,7 +929,8 @@ def test_documents_end_as_they_should_and_every_step_is_yielded(kind, monkeypatc
     for i, (before, after) in enumerate(pairwise(images)):
         assert before.equal(after) == (i >= n_steps - 1)  # each step changes the image, and text does not
     if kind == "chameleon":
-        assert [len(image) for image in images[:16]] == list(range(1, 17))
+        for n, image in enumerate(images[:16], 1):
+            assert image[:n].equal(images[15][:n]) and not image[n:].any()  # code by code
 
 def test_without_images_left_a_document_ends_where_it_asks_for_one(monkeypatch):
     model = tiny()
@@ -1099,16 +1101,19 @@ def test_every_picture_is_encoded_in_its_place(kind):
 
 @pytest.mark.parametrize("levels", [2, 4, 5])
 def test_quantised_numbers_are_the_nearest_of_evenly_spaced_levels(levels):
+    vae = random_vae(model="chameleon", code_levels=levels, code_dim=3)
     z = torch.randn(2, 3, 4, 4) * 4
-    found, half = quantise(z, levels), (levels - 1) / 2
+    (_, found), half = vae.quantise(z), (levels - 1) / 2
     grid = torch.arange(levels) - half
     assert torch.isclose(found[..., None], grid).any(-1).all()
     assert len(found.round(decimals=3).unique()) == levels
-    assert (found - z.tanh() * half).abs().max() <= 0.5 + 1e-5
+    assert (found - vae.normalise(z).tanh() * half).abs().max() <= 0.5 + 1e-5
 
 def test_the_gradient_passes_straight_through_the_quantiser():
-    z = torch.linspace(-2, 2, 50, requires_grad=True)
-    grad, = torch.autograd.grad(quantise(z, 5).sum(), z)
+    vae = random_vae(model="chameleon")
+    vae.normalise = torch.nn.Identity()
+    z = torch.linspace(-2, 2, 64).view(1, 4, 4, 4).requires_grad_()
+    grad, = torch.autograd.grad(vae.quantise(z)[1].sum(), z)
     torch.testing.assert_close(grad, 2 * (1 - z.detach().tanh() ** 2))  # that of 2 tanh, all along the steps
 
 @pytest.mark.parametrize("levels, dim", [(5, 4), (4, 3), (2, 6)])
@@ -1121,7 +1126,8 @@ def test_codes_are_in_range_and_come_back(levels, dim):
     z = torch.zeros(n_pictures * 16, dim)
     z[:n_codes] = vectors
     z = z.view(n_pictures, 4, 4, dim).permute(0, 3, 1, 2)
-    vae.quantised = lambda x: z
+    inside = torch.atanh(0.9 * z / z.max())  # nearest to z again, after tanh
+    vae.normalise, vae.encoder.forward = torch.nn.Identity(), lambda x: torch.cat([inside, inside], dim=1)
     vae.decoder.forward = lambda x: received.append(x) or torch.zeros(len(x), 3, 32, 32)
     codes = vae.encode(torch.zeros(n_pictures, 32, 32, 3, dtype=torch.uint8))
     assert codes.shape == (n_pictures, 16) and codes.dtype == torch.long
@@ -1148,14 +1154,19 @@ def test_codes_to_picture_to_codes():
     assert (again.float() - pictures).abs().mean() < 0.5 * (pictures - pictures.float().mean()).abs().mean()
     assert (vae.encode(again) == codes).float().mean() > 0.5  # by chance under 1 %
 
-def test_chameleon_packs_codes_as_tokens_and_closes_whole_images_only():
+def test_chameleon_packs_codes_as_tokens():
     model = tiny(model="chameleon")
-    codes, n_text = torch.randint(625, (16,)), len(TOKENIZER)
-    tokens = model.pack([["a", codes, "red"], ["a red", codes[:3]], []], end=False)
-    whole = [BOS, *TOKENIZER.encode("a"), BOI, *(n_text + codes).tolist(), EOI, *TOKENIZER.encode("red")]
-    unfinished = [BOS, *TOKENIZER.encode("a red"), BOI, *(n_text + codes[:3]).tolist()]
-    assert tokens.tolist() == [row + [PAD] * (len(whole) - len(row)) for row in (whole, unfinished, [BOS])]
-    assert model.pack([["a", codes]]).tolist() == [[*whole[:20], EOS]]
+    codes, n_text = torch.randint(625, (2, 16)), len(TOKENIZER)
+    tokens, image_id, ids = model.pack([["a", codes[0], "red"], ["a red"], [codes[1]]], end=False)
+    rows = [
+        [BOS, *TOKENIZER.encode("a"), BOI, *(n_text + codes[0]).tolist(), EOI, *TOKENIZER.encode("red")],
+        [BOS, *TOKENIZER.encode("a red")],
+        [BOS, BOI, *(n_text + codes[1]).tolist(), EOI],
+    ]
+    assert ids.tolist() == [row + [PAD] * (len(rows[0]) - len(row)) for row in rows]
+    assert tokens.equal(torch.where(ids < n_text, ids, PATCH)) and (image_id >= 0).equal(ids >= n_text)
+    assert model.pack([["a", codes[0]]])[2].tolist() == [[*rows[0][:20], EOS]]
+    assert model.pack([["a"]])[2].tolist() == [[BOS, *TOKENIZER.encode("a"), EOS]]
     assert model.lm_head.out_features == n_text + 625
 
 def test_chameleon_has_one_loss_the_mean_over_text_and_codes():
@@ -1165,7 +1176,7 @@ def test_chameleon_has_one_loss_the_mean_over_text_and_codes():
     loss, loss_text, loss_image = model.loss(documents)
     text, codes, z = [], [], []
     for document in documents:
-        tokens = model.pack([document])
+        _, _, tokens = model.pack([document])
         logits = model(tokens)[0]
         for q, target in enumerate(tokens[0, 1:].tolist()):
             if target == EOI:
@@ -1184,7 +1195,7 @@ def test_chameleon_without_instruction_loss_does_not_train_the_instruction():
     model = tiny(model="chameleon")
     with_it = tiny(model="chameleon").loss(documents)
     without_it = tiny(model="chameleon", instruction_loss=False).loss(documents)
-    tokens = model.pack(documents)
+    _, _, tokens = model.pack(documents)
     log_p = model(tokens)[0].log_softmax(-1)
     assert tokens[0, 19:21].tolist() == TOKENIZER.encode("red.")
     rest = [(0, BOI), (20, BOI), (38, EOS)]  # at BOS, at "." and at the last EOI
@@ -1229,20 +1240,25 @@ def test_the_models_of_a_config_are_those_that_it_names():
 def test_a_config_that_cannot_be_says_which_option_is_wrong(options):
     (name, _), = options.items()
     with pytest.raises(ValueError, match=f"^{name} .*must be"):
-        Config(**{**TINY, **options})
+        check_options(options)
+        check_config(Config(**{**TINY, **options}))
 
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="^dim .* n_heads"):
-        Config(dim=32, n_heads=3)
+        check_config(Config(dim=32, n_heads=3))
 
 @pytest.mark.parametrize("name, choices", [("model", ["transfusion", "chameleon"]), ("target", TARGETS),
                                            ("patch_encoder", ["linear", "unet"])])
 def test_a_wrong_choice_is_answered_with_the_right_ones(name, choices):
     with pytest.raises(ValueError, match=f"{', '.join(choices)}.*'something'"):
-        Config(**{name: "something"})
+        check_options({name: "something"})
     for choice in choices:
-        Config(**{name: choice})
+        check_options({name: choice})
 
 def test_the_ends_of_the_allowed_ranges_are_allowed():
-    Config(noise_cap=0.0, lambda_ddpm=0.0, z_loss=0.0, vae_kl=0.0, code_levels=2)
-    Config(noise_cap=1.0, t_power=0.01, patch_size=8, n_layers=1, n_heads=1)
+    for options in (
+        {"noise_cap": 0.0, "lambda_ddpm": 0.0, "z_loss": 0.0, "vae_kl": 0.0, "code_levels": 2},
+        {"noise_cap": 1.0, "t_power": 0.01, "patch_size": 8, "n_layers": 1, "n_heads": 1},
+    ):
+        check_options(options)
+        check_config(Config(**options))
