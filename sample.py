@@ -85,6 +85,32 @@ def as_text(document, frames):
             words.append("[BOI] (picture) [EOI]")
     return " ".join(words)
 
+class Progress:
+    """Follows documents while they grow: prints the first one, and keeps the steps of all images."""
+
+    def __init__(self, prompts):
+        self.prompts = prompts
+        self.frames = [{} for _ in prompts]  # of each document: {index of a part: its latents (or codes) in each step}
+        self.printed = ""
+
+    def __call__(self, documents):
+        is_drawing = [False] * len(documents)
+        for i, (prompt, document) in enumerate(zip(self.prompts, documents)):
+            last = len(document) - 1
+            if last >= len(prompt) and not isinstance(document[last], str):
+                seen = self.frames[i].setdefault(last, [])
+                if not seen or seen[-1] is not document[last]:  # a new step
+                    seen.append(document[last])
+                    is_drawing[i] = True
+        # A character or an image that is not complete yet may still change, so it is not printed.
+        text = as_text(documents[0], self.frames[0])
+        self.print_rest(text.removesuffix(" [EOI]") if is_drawing[0] else text.rstrip("\ufffd"))
+
+    def print_rest(self, text):
+        """Print what follows the part of the text that has been printed."""
+        print(text[len(self.printed):], end="", flush=True)
+        self.printed = text
+
 def save_drawing(frames, directory):
     """Write the last of the frames, uint8 (steps, H, W, 3), as a PNG and all of them as a GIF. Returns both paths."""
     n = next(n for n in count(1) if not (directory / f"{n:03d}.png").exists())
@@ -104,28 +130,16 @@ def main(argv=None):
         sys.exit(str(error))
 
     torch.manual_seed(args.seed)
-    frames = [{} for _ in prompts]  # of each document: {index of a part: the latents (or codes) after each step}
-    printed = ""
-    for documents in generate(model, encode_pictures(prompts, vae), args.max_tokens, args.max_images, args.steps, scale,
-                              args.eta, args.temperature):
-        is_drawing = [False] * len(documents)
-        for i, (prompt, document) in enumerate(zip(prompts, documents)):
-            last = len(document) - 1
-            if last >= len(prompt) and not isinstance(document[last], str):
-                seen = frames[i].setdefault(last, [])
-                if not seen or seen[-1] is not document[last]:  # a new step
-                    seen.append(document[last])
-                    is_drawing[i] = True
-        # Print what is new in the first document. A character or an image that is not complete yet may still change.
-        text = as_text(documents[0], frames[0])
-        text = text.removesuffix(" [EOI]") if is_drawing[0] else text.rstrip("\ufffd")
-        print(text[len(printed):], end="", flush=True)
-        printed = text
-    print(as_text(documents[0], frames[0])[len(printed):])
-    for document, document_frames in list(zip(documents, frames))[1:]:
+    progress = Progress(prompts)
+    documents = generate(
+        model, encode_pictures(prompts, vae), args.max_tokens, args.max_images, args.steps, scale, args.eta,
+        args.temperature, progress,
+    )
+    progress.print_rest(as_text(documents[0], progress.frames[0]) + "\n")
+    for document, document_frames in list(zip(documents, progress.frames))[1:]:
         print(as_text(document, document_frames))
 
-    for document_frames in frames:
+    for document_frames in progress.frames:
         for latents in document_frames.values():
             pictures = vae.decode(torch.stack(latents)).cpu().numpy()
             if sys.stdout.isatty() and "NO_COLOR" not in os.environ:

@@ -245,10 +245,8 @@ class Trained:
         results = []
         for i in range(0, len(documents), 128):
             encoded = encode_pictures(documents[i : i + 128], self.vae)
-            for batch in generate(self.model, encoded, max_tokens=16, steps=self.run.sample_steps, eta=self.run.eta,
-                                  **options):
-                result = batch
-            results += result
+            results += generate(self.model, encoded, max_tokens=16, steps=self.run.sample_steps, eta=self.run.eta,
+                                **options)
         return results
 
     def caption(self, pictures):

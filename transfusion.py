@@ -10,8 +10,8 @@ Attention is causal, except that the patches of one image all see each other. To
 model writes text until it predicts BOI; then it denoises an image, and goes on writing.
 
 A document is a Python list of parts in reading order. A part is a str or an image. In this file a
-picture is pixels, and an image is the latents that a VAE makes of it. Three documents as the model
-sees them in training, with images of two patches:
+picture is pixels, and an image is the latents that a VAE makes of it, normalised to mean 0 and
+variance 1. Three documents as the model sees them in training, with images of two patches:
 
     ["a red circle.", image]        draw what a caption says
         input     BOS  a    red     circle  .    BOI  patch  patch  EOI  EOS
@@ -35,7 +35,7 @@ denoise that same patch, not the next one. "t" is the noise level of an image, f
 (pure noise). Every image has its own. (An instruction, like "make it green.", can be excluded from
 the LM loss, because a user writes it, not the model.)
 
-The text after an image sees the noised image, and it would be useless to learn to caption pure
+What follows an image sees it noised, and it would be useless to learn to caption or to edit pure
 noise. So in training, an image that opens a document and has something after it (the first image
 of the second and of the third document) is noised at most to the noise cap. Every other image can
 have any t up to 1, because the model must learn to draw it from pure noise. It must also learn to
@@ -54,6 +54,7 @@ vocabulary.
 import math
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -191,7 +192,8 @@ def diffusion_target(x0, eps, t, target):
     DEVIATION: the paper predicts eps (--target eps). With x0, a model of this size learns to draw
     in far fewer steps (data/README.md). Near t = 1 the text decides what is drawn. But there x_t is
     almost equal to eps, so a model can predict eps well without reading the text. To predict x0, it
-    must read it.
+    must read it. (The squared error of x0 is that of eps times (1 - ab) / ab, so it weighs noisy
+    images far more.)
     """
     ab = alpha_bar(t)
     if target == "eps":
@@ -210,15 +212,16 @@ def predicted_x0(xt, pred, t, target):
     return pred
 
 def p_sample(xt, pred, t, t_next, target, eta=0.0):
-    """One denoising step, from t to t_next < t, each (M,) or (1,). Equation 12 of DDIM
+    """One denoising step, from t to t_next < t, each (M,) or (1,). Equations 12 and 16 of DDIM
     (arXiv 2010.02502):
 
         x_t_next = sqrt(ab_next) x0 + sqrt(1 - ab_next - sigma^2) eps + sigma z,   z ~ N(0, 1)
+        sigma^2 = eta^2 (1 - ab / ab_next) (1 - ab_next) / (1 - ab)
 
-    Here x0 and eps are those that the prediction implies. The variances of eps and of the fresh
-    noise z add up to 1 - ab_next, as they must at t_next. With eta = 0 (DDIM, the default) sigma is
-    0. With eta = 1 (the ancestral sampler of DDPM) sigma^2 is the variance of x_t_next, given x_t
-    and x0.
+    Here x0 and eps are those that the prediction implies. With eta = 0 (DDIM, the default) they
+    are only mixed anew, in the proportions of t_next. With eta > 0, fresh noise z replaces a part
+    of eps, and the variance of the noise is 1 - ab_next all the same. With eta = 1, this is DDPM's
+    ancestral sampler.
 
     NOT STATED: which sampler the paper uses. DEVIATION: it takes 250 steps, and 25 to 50 steps of
     DDIM are enough here (250 steps of DDPM: sample.py --steps 250 --eta 1).
@@ -227,8 +230,7 @@ def p_sample(xt, pred, t, t_next, target, eta=0.0):
     x0 = predicted_x0(xt, pred, t, target)
     x0 = x0.clamp(-5, 5)  # latents have variance 1, but x0 from eps is divided by a tiny sqrt(ab)
     eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()  # from x_t and the clamped x0
-    beta = 1 - ab / ab_next  # variance of the noise that is added between t_next and t
-    sigma = eta * (beta * (1 - ab_next) / (1 - ab)).sqrt()
+    sigma = eta * ((1 - ab / ab_next) * (1 - ab_next) / (1 - ab)).sqrt()
     eps_scale = (1 - ab_next - sigma**2).clamp(min=0).sqrt()  # rounding can make it negative
     return ab_next.sqrt() * x0 + eps_scale * eps + sigma * torch.randn_like(xt)
 
@@ -262,8 +264,8 @@ def guide(with_text, without_text, guidance_scale):
     learn this, train.py makes a random tenth of the training documents with text before an image
     unconditional (--unconditional-share), and they are trained like any other document.
 
-    Whether x0, eps or v is guided makes no difference: at a given x_t, each is a linear function of
-    each other plus a constant, and the weights 1 - scale and scale add up to 1.
+    It makes no difference whether x0, eps or v is guided, because at a given x_t each is a linear
+    function of each other.
     """
     return without_text + guidance_scale * (with_text - without_text)
 
@@ -482,7 +484,8 @@ class Transfusion(nn.Module):
         tokens, image_id, latents = self.pack(documents)
 
         # Every image has its own t. The noise cap (table 8): an image that opens its document, with
-        # something after it, gets a t of at most noise_cap. NOT STATED: how it is distributed.
+        # something after it, gets a t of at most noise_cap. NOT STATED: how it is distributed; here
+        # it is uniform.
         t = training_times(len(latents), self.cfg.t_power, latents.device)  # (M,)
         capped_t = self.cfg.noise_cap * torch.rand_like(t)
         capped = torch.tensor(is_capped(documents), dtype=torch.bool, device=t.device)
@@ -490,8 +493,8 @@ class Transfusion(nn.Module):
 
         eps = torch.randn_like(latents)
 
-        # The denominators of both losses. With noise_cap = 0, capped images are clean and have no
-        # diffusion loss; otherwise all images have one.
+        # The denominators of both losses. All images have a diffusion loss, except clean ones: with
+        # noise_cap = 0, the capped images have t = 0.
         has_loss = has_lm_loss(tokens, self.cfg.instruction_loss)
         n_predicted = has_loss.sum().clamp(min=1)  # tokens with an LM loss
         n_noised = (t > 0).sum().clamp(min=1)
@@ -515,8 +518,7 @@ class Transfusion(nn.Module):
     def logits(self, documents, end=True):
         """Next-token logits (B, T, V) of documents with clean images, and their tokens (B, T).
 
-        The images have t = 0 here. Training differs: there they are noised, an image that opens
-        the document up to noise_cap, and later ones to any t.
+        The images have t = 0 here. Training differs: there they are noised, up to noise_cap or 1.
         """
         tokens, image_id, latents = self.pack(documents, end)
         logits, _ = self(tokens, image_id, latents, t=latents.new_zeros(len(latents)))
@@ -524,20 +526,20 @@ class Transfusion(nn.Module):
 
     def predict_last_image(self, documents, t):
         """The prediction (B, C, H, W) for the last image of each document, which is an x_t. The
-        time t is the same for all.
+        number t is the same for all documents.
 
         The images before it are clean, with t = 0. As in `logits`, training differs.
         """
         tokens, image_id, latents = self.pack(documents, end=False)
-        last = image_id.amax(1)  # (B,) the index in latents of each document's last image
+        last = image_id.amax(1)  # the index in latents of each document's last image (B,)
         times = latents.new_zeros(len(latents))
         times[last] = t
         _, pred = self(tokens, image_id, latents, times)
         return pred[last]
 
-    def draw(self, documents, steps, guidance_scale, eta):
+    def draw(self, documents, steps, guidance_scale, eta, show):
         """Diffusion mode, which `generate` enters when a model has predicted BOI: append noise to
-        each document, in place, and denoise it step by step. Yields at every step.
+        each document, in place, and denoise it step by step. Calls show() after every step.
 
         The last part of a document is the current x_t, and every step runs the whole sequence. A
         key-value cache would save the part before the image, but that is short here: a cache pays
@@ -555,7 +557,7 @@ class Transfusion(nn.Module):
             xt = p_sample(xt, pred, t[None], t_next[None], self.cfg.target, eta)
             for document, image in zip(documents, xt):
                 document[-1] = image
-            yield
+            show()
 
 # ---- Generation ----------------------------------------------------------------------------------
 
@@ -589,50 +591,48 @@ def append_token(document, token, tokenizer):
     else:
         document.append(tokenizer.decode([token]))
 
-def write(model, documents, max_tokens, temperature, wants_image):
+def write(model, documents, max_tokens, temperature, show):
     """LM mode: append text to documents, in place, until each predicts BOI or EOS, or has written
-    max_tokens. Documents that predict BOI go to the list wants_image. Yields at every token.
+    max_tokens. Returns the documents that predicted BOI. Calls show() after every token.
     """
-    writing = documents
+    wants_image = []
     for _ in range(max_tokens):
-        if not writing:
-            return
-        tokens = sample_tokens(next_token_logits(model, writing), temperature)
+        if not documents:
+            break
+        tokens = sample_tokens(next_token_logits(model, documents), temperature)
         still_writing = []
-        for document, token in zip(writing, tokens.tolist()):
+        for document, token in zip(documents, tokens.tolist()):
             if token == BOI:  # not stored: `pack` puts it before the image
                 wants_image.append(document)
             elif token != EOS:
                 append_token(document, token, model.tokenizer)
                 still_writing.append(document)
-        writing = still_writing
-        yield
+        documents = still_writing
+        show()
+    return wants_image
 
 @torch.no_grad()
 def generate(
     model, documents, max_tokens=64, max_images=1,
     steps=50, guidance_scale=2.0, eta=0.0,  # how images are sampled
     temperature=0.0,  # how text is sampled
+    show=lambda documents: None,
 ):
-    """Section 3, inference: continue documents of str and latents until EOS.
+    """Section 3, inference: continue documents of str and latents until EOS. Returns them.
 
     The model itself decides when to draw: by predicting BOI. A document also ends after max_tokens
-    of text without BOI, or when it predicts BOI although max_images have been drawn.
-
-    Yields the list of all documents after every token and every denoising step. It is always the
-    same list, and its documents grow.
+    of text without BOI, or when it predicts BOI although max_images have been drawn. The function
+    `show` is called with all documents after every token and every denoising step.
     """
     documents = [list(document) for document in documents]  # copies, which grow below
-    active = documents
-    for n_drawn in range(max_images + 1):  # so many images have been drawn for each active document
-        wants_image = []  # `write` puts the documents here that predict BOI
-        for _ in write(model, active, max_tokens, temperature, wants_image):
-            yield documents
-        if not wants_image or n_drawn == max_images:
-            return
-        for _ in model.draw(wants_image, steps, guidance_scale, eta):  # `pack` adds BOI and EOI
-            yield documents
-        active = wants_image  # all other documents have ended
+    show = partial(show, documents)  # show() is show(documents) from here on
+    active = documents  # the documents that have not ended
+    while True:
+        active = write(model, active, max_tokens, temperature, show)
+        if not active or max_images == 0:
+            return documents
+        model.draw(active, steps, guidance_scale, eta, show)  # `pack` adds BOI and EOI
+        max_images -= 1
 
 # ---- Tokenizer: text to tokens and back ----------------------------------------------------------
 
@@ -839,11 +839,11 @@ class QuantisedVAE(VAE):
         )
         self.grid = cfg.grid
         # Normalise to variance 1. Otherwise nearly all entries are rounded to the middle level.
-        # BatchNorm needs eval mode (vae.eval()) when it is not training.
+        # (When it is not trained, BatchNorm needs vae.eval().)
         self.normalise = nn.BatchNorm2d(cfg.code_dim, affine=False)
         levels = torch.arange(cfg.code_levels) - (cfg.code_levels - 1) / 2  # five: -2, -1, 0, 1, 2
         points = torch.cartesian_prod(*[levels] * cfg.code_dim).view(-1, cfg.code_dim)
-        self.register_buffer("codebook", points.flip(1))  # (codes, code_dim), in no special order
+        self.register_buffer("codebook", points.flip(1))  # (codes, code_dim), in any order
 
     def quantise(self, z):
         """Round z (M, code_dim, grid, grid). Returns codes (M, N), and vectors, shaped like z."""
@@ -944,12 +944,12 @@ class Chameleon(nn.Module):
         """Logits (B, N, codes) for the codes in the last image of each document."""
         _, image_id, ids = self.pack(documents, end=False)
         is_last = image_id == image_id.amax(1, keepdim=True)
-        logits = self(ids)[:, :-1][is_last[:, 1:]]  # each is predicted one position before it
+        logits = self(ids)[:, :-1][is_last[:, 1:]]  # where the next position has one of these codes
         logits = logits.view(len(documents), self.cfg.n_patches, -1)
         return logits[:, :, len(self.tokenizer) :]
 
-    def draw(self, documents, steps, guidance_scale, eta):
-        """Append an image to each document, in place, code by code. Yields at every code.
+    def draw(self, documents, steps, guidance_scale, eta, show):
+        """Append an image to each document, in place, code by code. Calls show() after every code.
 
         Codes that are not drawn yet are 0: attention is causal, so they do not matter. `steps` and
         `eta` belong to diffusion and have no effect.
@@ -967,7 +967,7 @@ class Chameleon(nn.Module):
             codes[:, n] = sample_tokens(logits, temperature=1.0)
             for document, image in zip(documents, codes.clone()):
                 document[-1] = image
-            yield
+            show()
 
 # ---- Micro-batches -------------------------------------------------------------------------------
 

@@ -65,7 +65,9 @@ RUNS = {
 # The paper's choices, at the size of the toy: about 45 minutes each.
 PAPER = ("--preset laptop-paper --n-layers 6 --batch-size 64 --caption-first 0.8 --guidance-scale 3 "
          "--sample-steps 250 --eta 1")
-RUNS["paper-unet-short"] = f"{PAPER} --patch-encoder unet --steps 5400 --eval-every 1350"  # half an hour, on one thread
+# Half an hour each, on one thread, and with more steps.
+RUNS["paper-unet-short"] = f"{PAPER} --patch-encoder unet --steps 5400 --eval-every 1350"
+RUNS["paper-linear-short"] = f"{PAPER} --steps 7700 --eval-every 1925"
 RUNS["paper-unet"] = f"{PAPER} --patch-encoder unet --steps 9000 --eval-every 1500"
 RUNS["paper-linear"] = f"{PAPER} --steps 12000 --eval-every 2000"
 RATES = "2e-3", "4e-3", "8e-3", "16e-3"

@@ -690,7 +690,7 @@ def test_a_batch_of_text_alone_trains_and_generates(kind):
     assert loss.item() == pytest.approx(loss_text.item(), rel=1e-2) and loss_text > 0 and loss_image == 0
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(grad.isfinite().all() for grad in grads) and sum(grad.abs().sum() for grad in grads) > 0
-    *_, documents = generate(model, [["a red"]], max_tokens=2, steps=1)
+    documents = generate(model, [["a red"]], max_tokens=2, steps=1)
     assert documents[0][0].startswith("a red")
 
 SWITCHES = [
@@ -856,7 +856,7 @@ def test_generation_equals_generation_by_hand(kind, guidance_scale, eta, tempera
         torch.manual_seed(seed)
         expected = generate_by_hand(model, prompt, **options)
         torch.manual_seed(seed)
-        *_, (found,) = generate(model, [prompt], **options)
+        found, = generate(model, [prompt], **options)
         assert_same_document(found, expected)
         n_drawn += len(unconditional(found)) - 1
         n_switches_back += len(unconditional(found)) > 1 and isinstance(found[-1], str)
@@ -876,9 +876,9 @@ def test_the_documents_of_a_batch_do_not_disturb_each_other(kind, monkeypatch):
     for seed in range(20):
         model = eager_to_draw(seed, kind)
         options = {"max_tokens": 3, "max_images": 2, "steps": 3, "guidance_scale": 1.5}
-        *_, together = generate(model, prompts, **options)
+        together = generate(model, prompts, **options)
         for prompt, found in zip(prompts, together, strict=True):
-            *_, (alone,) = generate(model, [prompt], **options)
+            alone, = generate(model, [prompt], **options)
             assert_same_document(found, alone)
             n_drawn.append(len(unconditional(found)) - len(unconditional(prompt)))
         some = n_drawn[-5:]
@@ -900,7 +900,7 @@ def scripted(monkeypatch, *scripts):
     monkeypatch.setattr(transfusion, "next_token_logits", logits_of_script)
 
 @pytest.mark.parametrize("kind", ["default", "chameleon"])
-def test_documents_end_as_they_should_and_every_step_is_yielded(kind, monkeypatch):
+def test_documents_end_as_they_should_and_every_step_is_shown(kind, monkeypatch):
     model = tiny(**KINDS[kind])
     a, red = TOKENIZER.encode("a red")
     prompts = with_images([["blue"], [], ["a"], [IMAGE], [IMAGE, "a"]], model.cfg)
@@ -912,8 +912,11 @@ def test_documents_end_as_they_should_and_every_step_is_yielded(kind, monkeypatc
         [BOI, BOI],  # ends where it asks for a second image
         [a, BOI, a, a, a],  # ends after max_tokens, which count anew after an image
     )
-    snapshots = [[list(document) for document in documents]
-                 for documents in generate(model, prompts, max_tokens=3, max_images=1, steps=2)]
+    snapshots = []
+
+    def show(documents):
+        snapshots.append([list(document) for document in documents])
+    assert generate(model, prompts, max_tokens=3, max_images=1, steps=2, show=show) == snapshots[-1]
     n_steps = 16 if kind == "chameleon" else 2
     assert len(snapshots) == 3 + n_steps + 3  # tokens, steps, tokens
 
@@ -937,8 +940,9 @@ def test_without_images_left_a_document_ends_where_it_asks_for_one(monkeypatch):
     a, = TOKENIZER.encode("a")
     scripted(monkeypatch, [a, BOI], [EOS])
     prompts = [["red"], ["blue"]]
-    yielded = [[list(d) for d in documents] for documents in generate(model, prompts, max_images=0)]
-    assert yielded == [[["red a"], ["blue"]]] * 2
+    shown = []
+    generate(model, prompts, max_images=0, show=lambda documents: shown.append([list(d) for d in documents]))
+    assert shown == [[["red a"], ["blue"]]] * 2
 
 def test_generation_leaves_the_prompts_unchanged(monkeypatch):
     for kind in ("default", "chameleon"):
@@ -947,7 +951,7 @@ def test_generation_leaves_the_prompts_unchanged(monkeypatch):
         copies = [[part if isinstance(part, str) else part.clone() for part in prompt] for prompt in prompts]
         with monkeypatch.context() as patch:
             scripted(patch, *[[*TOKENIZER.encode("a"), BOI, EOS]] * 3)
-            *_, documents = generate(model, prompts, steps=2)
+            documents = generate(model, prompts, steps=2)
         assert [len(unconditional(document)) for document in documents] == [1, 2, 2]
         for prompt, copy in zip(prompts, copies, strict=True):
             assert len(prompt) == len(copy)
@@ -961,7 +965,7 @@ def test_images_before_the_one_that_is_drawn_are_seen_clean(guidance_scale, monk
     given = [prompts[0][1], prompts[1][0]]
     scripted(monkeypatch, [BOI, BOI, EOS], [BOI, BOI, EOS])
     calls = spy_on_forward(model)
-    *_, documents = generate(model, prompts, max_images=2, steps=3, guidance_scale=guidance_scale)
+    documents = generate(model, prompts, max_images=2, steps=3, guidance_scale=guidance_scale)
     n_calls = 1 if guidance_scale == 1 else 2  # of each step
     times = [t for t in sampling_times(3, model.cfg.t_power)[:-1].tolist() for _ in range(n_calls)]
     expected = [[0.0] * 2, *([0.0, t] * 2 for t in times), [0.0] * 4, *([0.0, 0.0, t] * 2 for t in times),
