@@ -30,12 +30,12 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 DIRECTORY = Path("runs/experiments")
 
 # Options of train.py. The runs of the first group have about the FLOPs of the default, those of the second its steps
-# (Chameleon the same FLOPs), and those of the third group, which learn more slowly, twice its FLOPs.
+# (Chameleon the same FLOPs). Those of the third group, which learn more slowly, have twice its FLOPs, and those of the
+# fourth the steps, or the FLOPs, of `eps`, at other widths.
 RUNS = {
     "default": "",
     "causal": "--no-bidirectional",
     "no-cap": "--noise-cap 1",
-    "4-patches": "--patch-size 4 --batch-size 52",
     "64-patches": "--patch-size 1 --batch-size 13",
     "chameleon": "--model chameleon --lr 8e-3 --steps 3100",
     "text": "--task text",
@@ -62,11 +62,10 @@ RUNS = {
     "large-eps": "--dim 128 --n-heads 8 --steps 6600 --target eps --t-power 1",
     "large-eps-unet": "--dim 128 --n-heads 8 --steps 4830 --target eps --t-power 1 --patch-encoder unet",
 }
-# The paper's choices, at the size of the toy: about 45 minutes each.
+# The paper's choices, at the size of the toy.
 PAPER = ("--preset laptop-paper --n-layers 6 --batch-size 64 --caption-first 0.8 --guidance-scale 3 "
          "--sample-steps 250 --eta 1")
-# Half an hour each, on one thread, and with more steps.
-RUNS["paper-unet-short"] = f"{PAPER} --patch-encoder unet --steps 5400 --eval-every 1350"
+RUNS["paper-unet-short"] = f"{PAPER} --patch-encoder unet --steps 5400 --eval-every 1350"  # about half an hour
 RUNS["paper-linear-short"] = f"{PAPER} --steps 7700 --eval-every 1925"
 RUNS["paper-unet"] = f"{PAPER} --patch-encoder unet --steps 9000 --eval-every 1500"
 RUNS["paper-linear"] = f"{PAPER} --steps 12000 --eval-every 2000"
@@ -120,13 +119,29 @@ TABLES = {
         PICTURE_SCORES, ACCURACIES,
     ),
     "patches": Table(
-        "Elements per image, linear patches (the paper's table 6)",
+        "Elements per image (the paper's table 6)",
         {
-            "64 elements": ("64-patches", "1024 elements: FID 21.0, CIDEr 12.0 (0.76B)"),
-            "16 elements": ("default", "256 elements: FID 20.3, CIDEr 16.0"),
-            "4 elements": ("4-patches", "64 elements: FID 25.6, CIDEr 14.3"),
+            "64 elements, linear, half the steps": ("64-patches", ""),
+            "64 elements, linear": ("64-patches-long", "1024 elements: FID 21.0, CIDEr 12.0 (0.76B)"),
+            "16 elements, linear": ("x0", "256 elements: FID 20.3, CIDEr 16.0"),
+            "4 elements, linear": ("4-patches-long", "64 elements: FID 25.6, CIDEr 14.3"),
+            "64 elements, U-Net": ("64-patches-unet", ""),
+            "16 elements, U-Net": ("x0-unet", "256 elements: FID 16.7, CIDEr 25.4"),
+            "4 elements, U-Net": ("4-patches-unet", "64 elements: FID 16.0, CIDEr 29.9"),
         },
         PICTURE_SCORES, ACCURACIES,
+    ),
+    "size": Table(
+        "U-Net over linear patches by size, target eps (the paper's table 7)",
+        {
+            "linear, width 64": ("small-eps", "FID 37.6, CIDEr 6.2 (0.16B)"),
+            "U-Net, width 64": ("small-eps-unet", "FID 18.8, CIDEr 15.3 (0.16B)"),
+            "linear, width 96": ("eps", "FID 20.3, CIDEr 16.0 (0.76B)"),
+            "U-Net, width 96": ("eps-unet", "FID 16.7, CIDEr 25.4 (0.76B)"),
+            "linear, width 128": ("large-eps", "FID 18.6, CIDEr 27.2 (7B)"),
+            "U-Net, width 128": ("large-eps-unet", "FID 16.0, CIDEr 33.7 (7B)"),
+        },
+        PICTURE_SCORES, ("draw_acc", "frechet"),
     ),
     "noise-cap": Table(
         "The noise cap (the paper's table 8)",
@@ -151,8 +166,10 @@ TABLES = {
     "recipe": Table(
         "The paper's recipe, given time: eps, uniform t, 0.8 of captions first, guidance 3, 250 ancestral steps",
         {
-            "linear": ("paper-linear", "FID 20.3, CIDEr 16.0 (0.76B)"),
-            "U-Net": ("paper-unet", "FID 16.7, CIDEr 25.4"),
+            "linear": ("paper-linear-short", "FID 20.3, CIDEr 16.0 (0.76B)"),
+            "U-Net": ("paper-unet-short", "FID 16.7, CIDEr 25.4"),
+            "linear, longer": ("paper-linear", ""),
+            "U-Net, longer": ("paper-unet", ""),
         },
         PICTURE_SCORES, ACCURACIES,
     ),
