@@ -147,7 +147,7 @@ def attention_mask(image_id, bidirectional=True):
     causal = torch.ones(T, T, dtype=torch.bool, device=image_id.device).tril()
     is_patch = image_id >= 0
     same_image = image_id[:, :, None] == image_id[:, None, :]  # (B, T, T)
-    same_image = same_image & is_patch[:, :, None]  # because text has -1 everywhere
+    same_image = same_image & is_patch[:, :, None]  # text has -1, which is no image
     mask = (causal | same_image) if bidirectional else causal.expand_as(same_image)
     return mask[:, None]
 
@@ -207,7 +207,7 @@ def predicted_x0(xt, pred, t, target):
     ab = alpha_bar(t)
     if target == "eps":
         return (xt - (1 - ab).sqrt() * pred) / ab.sqrt()
-    if target == "v":  # insert x_t and v: eps cancels, which leaves ab x0 + (1 - ab) x0
+    if target == "v":  # with x_t and v written out, eps cancels: ab x0 + (1 - ab) x0 is left
         return ab.sqrt() * xt - (1 - ab).sqrt() * pred
     return pred
 
@@ -229,7 +229,7 @@ def p_sample(xt, pred, t, t_next, target, eta=0.0):
     ab, ab_next = alpha_bar(t), alpha_bar(t_next)
     x0 = predicted_x0(xt, pred, t, target)
     x0 = x0.clamp(-5, 5)  # latents have variance 1, but x0 from eps is divided by a tiny sqrt(ab)
-    eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()  # from x_t and the clamped x0
+    eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()  # of x_t and the clamped x0
     sigma = eta * ((1 - ab / ab_next) * (1 - ab_next) / (1 - ab)).sqrt()
     eps_scale = (1 - ab_next - sigma**2).clamp(min=0).sqrt()  # rounding can make it negative
     return ab_next.sqrt() * x0 + eps_scale * eps + sigma * torch.randn_like(xt)
@@ -246,7 +246,7 @@ def sampling_times(steps, t_power):
     """The times that denoising visits, from 1 to 0: (steps + 1,).
 
     NOT STATED: their spacing. Here they are quantiles of the training times, so the steps are
-    small where training times are dense.
+    small where training times are dense. With t_power = 3, 50 steps are 1, 0.993, ..., 0.27, 0.
     """
     return torch.linspace(1, 0, steps + 1) ** (1 / t_power)
 
@@ -260,12 +260,13 @@ def unconditional(document):
 def guide(with_text, without_text, guidance_scale):
     """Classifier-free guidance: move a prediction further away from what it is without the text.
 
-    A scale of 1 leaves it unchanged. Without the text means from the unconditional document. To
-    learn this, train.py makes a random tenth of the training documents with text before an image
-    unconditional (--unconditional-share), and they are trained like any other document.
+    `without_text` is the prediction for the same x_t in the unconditional document. A scale of 1
+    is no guidance. For the model to learn such predictions, train.py makes a random tenth of the
+    training documents with text before an image unconditional (--unconditional-share). They are
+    trained like any other document.
 
-    It makes no difference whether x0, eps or v is guided, because at a given x_t each is a linear
-    function of each other.
+    It makes no difference whether x0, eps or v is guided. At a given x_t, each is a multiple of
+    each other plus a constant, and the weights of the two predictions add up to 1.
     """
     return without_text + guidance_scale * (with_text - without_text)
 
@@ -518,7 +519,8 @@ class Transfusion(nn.Module):
     def logits(self, documents, end=True):
         """Next-token logits (B, T, V) of documents with clean images, and their tokens (B, T).
 
-        The images have t = 0 here. Training differs: there they are noised, up to noise_cap or 1.
+        NOT STATED: the t of finished images. Here it is 0. In training they are noised: at most to
+        noise_cap if they open the document, and otherwise to any t.
         """
         tokens, image_id, latents = self.pack(documents, end)
         logits, _ = self(tokens, image_id, latents, t=latents.new_zeros(len(latents)))
@@ -528,8 +530,9 @@ class Transfusion(nn.Module):
         """The prediction (B, C, H, W) for the last image of each document, which is an x_t. The
         number t is the same for all documents.
 
-        The images before it are clean, with t = 0. As in `logits`, training differs.
+        The images before it are clean, with t = 0, as in `logits`.
         """
+        # end=False leaves out EOS only. EOI is there already, but no patch can see it.
         tokens, image_id, latents = self.pack(documents, end=False)
         last = image_id.amax(1)  # the index in latents of each document's last image (B,)
         times = latents.new_zeros(len(latents))
@@ -583,8 +586,7 @@ def append_token(document, token, tokenizer):
     """Append a text token to a document, in place.
 
     Documents hold text, not tokens: the token is decoded here, and `pack` encodes the text again.
-    (If the model spells a known word byte by byte, the bytes become the token of that word. The
-    text is the same.)
+    (The tokens are then the same, unless the model has spelled a known word byte by byte.)
     """
     if document and isinstance(document[-1], str):
         document[-1] = tokenizer.decode(tokenizer.encode(document[-1]) + [token])
@@ -843,7 +845,7 @@ class QuantisedVAE(VAE):
         self.normalise = nn.BatchNorm2d(cfg.code_dim, affine=False)
         levels = torch.arange(cfg.code_levels) - (cfg.code_levels - 1) / 2  # five: -2, -1, 0, 1, 2
         points = torch.cartesian_prod(*[levels] * cfg.code_dim).view(-1, cfg.code_dim)
-        self.register_buffer("codebook", points.flip(1))  # (codes, code_dim), in any order
+        self.register_buffer("codebook", points.flip(1))  # (codes, code_dim); any order would do
 
     def quantise(self, z):
         """Round z (M, code_dim, grid, grid). Returns codes (M, N), and vectors, shaped like z."""
