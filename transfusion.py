@@ -147,7 +147,7 @@ def attention_mask(image_id, bidirectional=True):
     causal = torch.ones(T, T, dtype=torch.bool, device=image_id.device).tril()
     is_patch = image_id >= 0
     same_image = image_id[:, :, None] == image_id[:, None, :]  # (B, T, T)
-    same_image = same_image & is_patch[:, :, None]  # text has -1, which is no image
+    same_image = same_image & is_patch[:, :, None]  # -1 means no image
     mask = (causal | same_image) if bidirectional else causal.expand_as(same_image)
     return mask[:, None]
 
@@ -263,7 +263,8 @@ def guide(with_text, without_text, guidance_scale):
     `without_text` is the prediction for the same x_t in the unconditional document. A scale of 1
     is no guidance. For the model to learn such predictions, train.py makes a random tenth of the
     training documents with text before an image unconditional (--unconditional-share). They are
-    trained like any other document.
+    trained like any other document. NOT STATED: that share. DEVIATION: a scale of 2, where the
+    paper has 3 or 5 (--guidance-scale).
 
     It makes no difference whether x0, eps or v is guided. At a given x_t, each is a multiple of
     each other plus a constant, and the weights of the two predictions add up to 1.
@@ -494,8 +495,8 @@ class Transfusion(nn.Module):
 
         eps = torch.randn_like(latents)
 
-        # The denominators of both losses. All images have a diffusion loss, except clean ones: with
-        # noise_cap = 0, the capped images have t = 0.
+        # The denominators of both losses, before a micro-batch is taken out. All images have a
+        # diffusion loss, except clean ones: with noise_cap = 0, capped images have t = 0.
         has_loss = has_lm_loss(tokens, self.cfg.instruction_loss)
         n_predicted = has_loss.sum().clamp(min=1)  # tokens with an LM loss
         n_noised = (t > 0).sum().clamp(min=1)
@@ -658,7 +659,8 @@ class Tokenizer:
     def encode(self, text):
         """str -> list of token ids."""
         ids = []
-        for piece in re.findall(r" ?[^\s.,;:!?]+|.", " " + text, re.DOTALL):  # words and the rest
+        # A piece is a word with the space before it, or any other character.
+        for piece in re.findall(r" ?[^\s.,;:!?]+|.", " " + text, re.DOTALL):
             if piece in self.id_of:
                 ids.append(self.id_of[piece])
             else:
@@ -911,7 +913,7 @@ class Chameleon(nn.Module):
         batch = pack(documents, self.tokenizer, self.cfg, end)
         tokens, image_id, codes = [tensor.to(self.lm_head.weight.device) for tensor in batch]
         ids = tokens.clone()
-        ids[image_id >= 0] = len(self.tokenizer) + codes.flatten().long()
+        ids[image_id >= 0] = len(self.tokenizer) + codes.flatten().long()  # without images: floats
         return tokens, image_id, ids
 
     def loss(self, documents, micro_batch=0, n_micro_batches=1):
@@ -945,8 +947,9 @@ class Chameleon(nn.Module):
     def predict_last_image(self, documents):
         """Logits (B, N, codes) for the codes in the last image of each document."""
         _, image_id, ids = self.pack(documents, end=False)
-        is_last = image_id == image_id.amax(1, keepdim=True)
-        logits = self(ids)[:, :-1][is_last[:, 1:]]  # where the next position has one of these codes
+        is_last = image_id == image_id.amax(1, keepdim=True)  # positions of these codes
+        predicts_last = is_last[:, 1:]  # each code is predicted one position before it
+        logits = self(ids)[:, :-1][predicts_last]
         logits = logits.view(len(documents), self.cfg.n_patches, -1)
         return logits[:, :, len(self.tokenizer) :]
 
@@ -967,7 +970,7 @@ class Chameleon(nn.Module):
                 logits_without = self.predict_last_image(without_text)[:, n]
                 logits = guide(logits, logits_without, guidance_scale)
             codes[:, n] = sample_tokens(logits, temperature=1.0)
-            for document, image in zip(documents, codes.clone()):
+            for document, image in zip(documents, codes.clone()):  # a new tensor for each step
                 document[-1] = image
             show()
 

@@ -121,7 +121,7 @@ TABLES = {
     "patches": Table(
         "Elements per image (the paper's table 6)",
         {
-            "64 elements, linear, half the steps": ("64-patches", ""),
+            "64, linear, half the steps": ("64-patches", ""),
             "64 elements, linear": ("64-patches-long", "1024 elements: FID 21.0, CIDEr 12.0 (0.76B)"),
             "16 elements, linear": ("x0", "256 elements: FID 20.3, CIDEr 16.0"),
             "4 elements, linear": ("4-patches-long", "64 elements: FID 25.6, CIDEr 14.3"),

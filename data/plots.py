@@ -5,6 +5,7 @@ A picture is uint8 (H, W, 3); what is returned is a Pillow image, unless a docst
 
 import math
 import textwrap
+from itertools import cycle
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -98,7 +99,8 @@ def terminal_picture(picture):
         lines.append("".join(cells) + "\033[0m")
     return "\n".join(lines)
 
-LINE_COLOURS = [(31, 119, 180), (214, 80, 40), (44, 150, 44), (148, 80, 190), (200, 160, 0), (90, 90, 90)]
+LINE_COLOURS = [(31, 119, 180), (214, 80, 40), (44, 150, 44), (148, 80, 190), (200, 160, 0), (90, 90, 90),
+                (230, 120, 180), (0, 170, 190)]
 
 def learning_curves(lines, title, width=640, height=320):
     """{label: [(xs, ys) of each seed]} -> a chart: thin lines, and their mean as a thick one.
@@ -118,7 +120,7 @@ def learning_curves(lines, title, width=640, height=320):
         pen.line((left, y, right, y), (225, 225, 225))
         pen.text((left - 6, y), f"{y_min + y_range * i / 4:.3g}", BLACK, font, anchor="rm")
         pen.text((x, bottom + 6), f"{x_max * i / 4:.1e}", BLACK, font, anchor="mt")
-    for i, ((label, curves), colour) in enumerate(zip(lines.items(), LINE_COLOURS)):
+    for i, ((label, curves), colour) in enumerate(zip(lines.items(), cycle(LINE_COLOURS))):
         pale = tuple((value + 2 * 255) // 3 for value in colour)
         n_points = min(len(xs) for xs, _ in curves)
         mean = np.mean([(xs[:n_points], ys[:n_points]) for xs, ys in curves], axis=0)
