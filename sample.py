@@ -94,17 +94,14 @@ class Progress:
         self.printed = ""
 
     def __call__(self, documents):
-        is_drawing = [False] * len(documents)
-        for i, (prompt, document) in enumerate(zip(self.prompts, documents)):
+        for prompt, document, frames in zip(self.prompts, documents, self.frames):
             last = len(document) - 1
             if last >= len(prompt) and not isinstance(document[last], str):
-                seen = self.frames[i].setdefault(last, [])
-                if not seen or seen[-1] is not document[last]:  # a new step
-                    seen.append(document[last])
-                    is_drawing[i] = True
-        # A character or an image that is not complete yet may still change, so it is not printed.
-        text = as_text(documents[0], self.frames[0])
-        self.print_rest(text.removesuffix(" [EOI]") if is_drawing[0] else text.rstrip("\ufffd"))
+                steps = frames.setdefault(last, [])
+                if not steps or steps[-1] is not document[last]:  # a new step
+                    steps.append(document[last])
+        # The end of the text may still change: an image gets more steps, and a character more bytes.
+        self.print_rest(as_text(documents[0], self.frames[0]).removesuffix(" [EOI]").rstrip("\ufffd"))
 
     def print_rest(self, text):
         """Print what follows the part of the text that has been printed."""

@@ -436,6 +436,7 @@ def is_capped(documents):
 class Transfusion(nn.Module):
     def __init__(self, cfg, tokenizer):
         super().__init__()
+        assert cfg.target in ("eps", "v", "x0") and cfg.patch_encoder in ("linear", "unet")
         self.cfg, self.tokenizer = cfg, tokenizer
         self.token_embedding = nn.Embedding(len(tokenizer), cfg.dim)
         # DEVIATION: patches have a learned embedding of their position in the image. The paper
@@ -849,8 +850,9 @@ class QuantisedVAE(VAE):
         points = torch.cartesian_prod(*[levels] * cfg.code_dim).view(-1, cfg.code_dim)
         self.register_buffer("codebook", points.flip(1))  # (codes, code_dim); any order would do
 
-    def quantise(self, z):
-        """Round z (M, code_dim, grid, grid). Returns codes (M, N), and vectors, shaped like z."""
+    def quantise(self, pictures):
+        """uint8 (M, H, W, 3) -> codes (M, N), and their vectors (M, code_dim, grid, grid)."""
+        z, _ = self.encoder(self.to_input(pictures)).chunk(2, dim=1)  # log variances: not used
         z = self.normalise(z).tanh() * self.codebook.max()  # within the grid
         distances = torch.cdist(z.detach().flatten(2).transpose(1, 2), self.codebook)
         codes = distances.argmin(-1)  # the nearest vectors of the codebook
@@ -862,10 +864,8 @@ class QuantisedVAE(VAE):
         return self.codebook[codes].transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
     def loss(self, pictures):
-        x = self.to_input(pictures)
-        z, _ = self.encoder(x).chunk(2, dim=1)  # the log variances are not used
-        _, vectors = self.quantise(z)
-        return F.mse_loss(self.decoder(vectors), x)
+        _, vectors = self.quantise(pictures)
+        return F.mse_loss(self.decoder(vectors), self.to_input(pictures))
 
     def calibrate(self, pictures):
         """There is nothing to measure: the codebook has a fixed scale."""
@@ -873,9 +873,7 @@ class QuantisedVAE(VAE):
     @torch.no_grad()
     def encode(self, pictures):
         """uint8 (M, H, W, 3) -> codes (M, N) int64."""
-        encoded = [self.encoder(self.to_input(part)) for part in pictures.split(512)]
-        z, _ = torch.cat(encoded).chunk(2, dim=1)
-        return torch.cat([self.quantise(part)[0] for part in z.split(64)])  # to save memory
+        return torch.cat([self.quantise(part)[0] for part in pictures.split(64)])
 
     @torch.no_grad()
     def decode(self, codes):
