@@ -37,9 +37,10 @@ the LM loss, because a user writes it, not the model.)
 
 What follows an image sees it noised, and it would be useless to learn to caption or to edit pure
 noise. So in training, an image that opens a document and has something after it (the first image
-of the second and of the third document) is noised at most to the noise cap. Every other image can
-have any t up to 1, because the model must learn to draw it from pure noise. It must also learn to
-draw without text (see `guide`), so some training documents are just [image].
+of the second and of the third document) is noised at most to the noise cap, t = 0.5. Every other
+image can have any t up to 1, because the model must learn to draw it from pure noise. It must also
+learn to predict without text, for guidance, so some training documents have their text removed:
+[text, image] becomes [image].
 
 The method ends with the section "Generation". After it come the tokenizer, the VAE, U-Net patches
 (the paper's alternative to linear ones), and the baseline, Chameleon. `DEVIATION:` marks what
@@ -154,8 +155,8 @@ def attention_mask(image_id, bidirectional=True):
 def has_lm_loss(tokens, instruction_loss=True):
     """Which positions have an LM loss? (B, T) -> bool (B, T - 1), for all positions but the last.
 
-    None at BOI and at patches: what comes next is a patch, or the EOI that `pack` always appends.
-    None where padding comes next. Without `instruction_loss`, the text between the first and the
+    No loss at BOI and at patches: what comes next is a patch, or the EOI that `pack` appends. No
+    loss where padding comes next. Without `instruction_loss`, the text between the first and the
     last image is not a target either: it is an instruction, which a user writes, not the model.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -192,8 +193,8 @@ def diffusion_target(x0, eps, t, target):
     DEVIATION: the paper predicts eps (--target eps). With x0, a model of this size learns to draw
     in far fewer steps (data/README.md). Near t = 1 the text decides what is drawn. But there x_t is
     almost equal to eps, so a model can predict eps well without reading the text. To predict x0, it
-    must read it. (The squared error of x0 is that of eps times (1 - ab) / ab, so it weighs noisy
-    images far more.)
+    must read it. (At a given x_t, the squared error of x0 is (1 - ab) / ab times that of eps. This
+    weight is 0.025 at t = 0.1, 1 at t = 0.5, and 40 at t = 0.9.)
     """
     ab = alpha_bar(t)
     if target == "eps":
@@ -212,19 +213,18 @@ def predicted_x0(xt, pred, t, target):
     return pred
 
 def p_sample(xt, pred, t, t_next, target, eta=0.0):
-    """One denoising step, from t to t_next < t, each (M,) or (1,). Equations 12 and 16 of DDIM
-    (arXiv 2010.02502):
+    """One denoising step, from t to t_next < t, each (M,) or (1,).
 
-        x_t_next = sqrt(ab_next) x0 + sqrt(1 - ab_next - sigma^2) eps + sigma z,   z ~ N(0, 1)
+    The prediction implies x0 and eps. With eta = 0 (DDIM, the default) the step returns
+    q_sample(x0, eps, t_next): the same image and the same noise, with less of the noise. In general
+    (equations 12 and 16 of DDIM, arXiv 2010.02502), a part sigma^2 of the noise's variance
+    1 - ab_next is fresh noise z ~ N(0, 1). With eta = 1, this is DDPM's ancestral sampler.
+
+        x_t_next = sqrt(ab_next) x0 + sqrt(1 - ab_next - sigma^2) eps + sigma z
         sigma^2 = eta^2 (1 - ab / ab_next) (1 - ab_next) / (1 - ab)
 
-    Here x0 and eps are those that the prediction implies. With eta = 0 (DDIM, the default) they
-    are only mixed anew, in the proportions of t_next. With eta > 0, fresh noise z replaces a part
-    of eps, and the variance of the noise is 1 - ab_next all the same. With eta = 1, this is DDPM's
-    ancestral sampler.
-
-    NOT STATED: which sampler the paper uses. DEVIATION: it takes 250 steps, and 25 to 50 steps of
-    DDIM are enough here (250 steps of DDPM: sample.py --steps 250 --eta 1).
+    NOT STATED: which sampler the paper uses. DEVIATION: the paper takes 250 steps, and 25 to 50
+    steps of DDIM are enough here (250 steps of DDPM: sample.py --steps 250 --eta 1).
     """
     ab, ab_next = alpha_bar(t), alpha_bar(t_next)
     x0 = predicted_x0(xt, pred, t, target)
@@ -266,8 +266,8 @@ def guide(with_text, without_text, guidance_scale):
     trained like any other document. NOT STATED: that share. DEVIATION: a scale of 2, where the
     paper has 3 or 5 (--guidance-scale).
 
-    It makes no difference whether x0, eps or v is guided. At a given x_t, each is a multiple of
-    each other plus a constant, and the weights of the two predictions add up to 1.
+    It makes no difference whether x0, eps or v is guided: at a given x_t, one is a * another + b,
+    and guiding leaves b as it is, because its weights 1 - scale and scale add up to 1.
     """
     return without_text + guidance_scale * (with_text - without_text)
 
@@ -482,13 +482,13 @@ class Transfusion(nn.Module):
         """Section 3, training objective: L = L_LM + lambda * L_DDPM.
 
         The documents have clean latents. Returns (loss, loss_lm, loss_ddpm). For the other two
-        arguments, which a first reading can skip, see `select_micro_batch`.
+        arguments see `select_micro_batch`.
         """
         tokens, image_id, latents = self.pack(documents)
 
         # Every image has its own t. The noise cap (table 8): an image that opens its document, with
-        # something after it, gets a t of at most noise_cap. NOT STATED: how it is distributed; here
-        # it is uniform.
+        # something after it, gets a t of at most noise_cap. NOT STATED: how a capped t is
+        # distributed. Here it is uniform.
         t = training_times(len(latents), self.cfg.t_power, latents.device)  # (M,)
         capped_t = self.cfg.noise_cap * torch.rand_like(t)
         capped = torch.tensor(is_capped(documents), dtype=torch.bool, device=t.device)
@@ -496,13 +496,12 @@ class Transfusion(nn.Module):
 
         eps = torch.randn_like(latents)
 
-        # The denominators of both losses, before a micro-batch is taken out. All images have a
-        # diffusion loss, except clean ones: with noise_cap = 0, capped images have t = 0.
+        # The denominators: both losses are means over the whole batch.
         has_loss = has_lm_loss(tokens, self.cfg.instruction_loss)
         n_predicted = has_loss.sum().clamp(min=1)  # tokens with an LM loss
-        n_noised = (t > 0).sum().clamp(min=1)
+        n_noised = (t > 0).sum().clamp(min=1)  # all images, but with noise_cap = 0 some are clean
 
-        if n_micro_batches > 1:
+        if n_micro_batches > 1:  # a first reading can skip this
             tokens, image_id, has_loss, latents, t, eps = select_micro_batch(
                 micro_batch, n_micro_batches, tokens, image_id, has_loss, latents, t, eps
             )
@@ -625,12 +624,12 @@ def generate(
     """Section 3, inference: continue documents of str and latents until EOS. Returns them.
 
     The model itself decides when to draw: by predicting BOI. A document also ends after max_tokens
-    of text without BOI, or when it predicts BOI although max_images have been drawn. The function
+    of text in a row, or when it predicts BOI although max_images have been drawn. The function
     `show` is called with all documents after every token and every denoising step.
     """
     documents = [list(document) for document in documents]  # copies, which grow below
     show = partial(show, documents)  # show() is show(documents) from here on
-    active = documents  # the documents that have not ended
+    active = documents  # those that have not ended; each has drawn the same number of images
     while True:
         active = write(model, active, max_tokens, temperature, show)
         if not active or max_images == 0:
@@ -911,7 +910,8 @@ class Chameleon(nn.Module):
         batch = pack(documents, self.tokenizer, self.cfg, end)
         tokens, image_id, codes = [tensor.to(self.lm_head.weight.device) for tensor in batch]
         ids = tokens.clone()
-        ids[image_id >= 0] = len(self.tokenizer) + codes.flatten().long()  # without images: floats
+        # Without images, `pack` returns an empty tensor of floats, so .long() is needed.
+        ids[image_id >= 0] = len(self.tokenizer) + codes.flatten().long()
         return tokens, image_id, ids
 
     def loss(self, documents, micro_batch=0, n_micro_batches=1):
@@ -946,9 +946,8 @@ class Chameleon(nn.Module):
         """Logits (B, N, codes) for the codes in the last image of each document."""
         _, image_id, ids = self.pack(documents, end=False)
         is_last = image_id == image_id.amax(1, keepdim=True)  # positions of these codes
-        predicts_last = is_last[:, 1:]  # each code is predicted one position before it
-        logits = self(ids)[:, :-1][predicts_last]
-        logits = logits.view(len(documents), self.cfg.n_patches, -1)
+        logits = self(ids)[:, :-1]  # each code is predicted one position before it
+        logits = logits[is_last[:, 1:]].view(len(documents), self.cfg.n_patches, -1)
         return logits[:, :, len(self.tokenizer) :]
 
     def draw(self, documents, steps, guidance_scale, eta, show):
