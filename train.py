@@ -38,8 +38,8 @@ from data import plots
 from data.files import save_png, write_atomically
 from data.tasks import TASKS, make_task
 from transfusion import (
-    BOI, EOS, N_SPECIAL, PAD, SPECIAL_TOKENS, VAE, Chameleon, Config, QuantisedVAE, Tokenizer, Transfusion,
-    attention_mask, diffusion_target, encode_pictures, generate, has_lm_loss, next_token_losses, pack, q_sample,
+    BOI, EOS, N_SPECIAL, NO_LOSS, PAD, SPECIAL_TOKENS, VAE, Chameleon, Config, QuantisedVAE, Tokenizer, Transfusion,
+    attention_mask, diffusion_target, encode_pictures, generate, micro_batch, next_token_losses, pack, q_sample,
     unconditional,
 )
 
@@ -227,10 +227,9 @@ def log_likelihood(model, documents, next_token=EOS):
     These are the tokens with an LM loss: text, BOI, and at the end next_token, which is EOS, or BOI to ask whether an
     image follows. The images are clean and are not scored.
     """
-    logits, tokens = model.logits(documents)
-    has_loss = has_lm_loss(tokens)
-    targets = torch.where(tokens == EOS, next_token, tokens)
-    return -(next_token_losses(logits, targets) * has_loss).sum(1), has_loss.sum(1)
+    logits, batch = model.logits(documents)
+    targets = torch.where(batch.targets == EOS, next_token, batch.targets)
+    return -next_token_losses(logits, targets).sum(1), (targets != NO_LOSS).sum(1)
 
 class Trained:
     """A trained model as data/scores.py sees it: in terms of sentences and pictures, uint8 (N, H, W, 3)."""
@@ -326,13 +325,13 @@ def write_progress(directory, history, drawings):
 def draw_figure(report, cfg, tokenizer):
     """The attention mask of a short document, and drawings with their prompts."""
     small = replace(cfg, latent_size=2 * cfg.patch_size, image_size=4 * cfg.patch_size)  # images of 4 patches
-    tokens, image_id, _ = pack([["a red circle.", torch.zeros(small.latent_shape)]], tokenizer, small)
-    is_patch = image_id[0] >= 0
+    batch = pack([["a red circle.", torch.zeros(small.latent_shape)]], tokenizer, small)
+    is_patch = batch.image_id[0] >= 0
     names = [
         "patch" if patch else SPECIAL_TOKENS[token] if token < N_SPECIAL else tokenizer.decode([token])
-        for token, patch in zip(tokens[0].tolist(), is_patch.tolist())
+        for token, patch in zip(batch.tokens[0].tolist(), is_patch.tolist())
     ]
-    mask = plots.mask_picture(attention_mask(image_id, cfg.bidirectional)[0, 0], names, is_patch)
+    mask = plots.mask_picture(attention_mask(batch.image_id, cfg.bidirectional)[0, 0], names, is_patch)
     if report.pictures is None:
         return mask
     grid = plots.captioned_grid(report.pictures[:18], report.prompts[:18], report.correct[:18])
@@ -385,8 +384,8 @@ class Loss(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, documents, micro_batch, n_micro_batches):
-        return self.model.loss(documents, micro_batch, n_micro_batches)
+    def forward(self, batch):
+        return self.model.loss(batch)
 
 def join_processes():
     """Returns the number of this process and how many there are: (0, 1), unless torchrun started several."""
@@ -568,7 +567,7 @@ def main(argv=None):
 
         # FLOPs as the paper counts them, 6 N D: N parameters without the embedding, D positions without padding.
         n_params = sum(p.numel() for p in model.parameters()) - model.token_embedding.weight.numel()
-        _, tokens = averaged.logits(documents[:1024])
+        tokens = averaged.pack(documents[:1024]).tokens
         positions_per_document = (tokens != PAD).sum().item() / len(tokens)
         flops = 6 * n_params * positions_per_document * run.batch_size * run.steps
         print(f"Training the model, {run.steps} steps of {flops / run.steps:.1e} FLOPs.", flush=True)
@@ -580,14 +579,15 @@ def main(argv=None):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(run, step) * group.get("lr_scale", 1)
+            # The randomness of a step follows from its number, so a resumed run and all processes repeat it.
+            torch.manual_seed(run.seed * 1_000_000 + step)
+            chosen = torch.randint(len(documents), (run.batch_size,)).tolist()
+            batch = model.training_batch([documents[j] for j in chosen])
             step_losses = torch.zeros(3, device=device)  # loss, loss_text, loss_image
             for i in range(run.accumulate):
-                # The randomness of a step follows from its number, so a resumed run and all micro-batches repeat it.
-                torch.manual_seed(run.seed * 1_000_000 + step)
-                chosen = torch.randint(len(documents), (run.batch_size,)).tolist()
+                part = micro_batch(batch, rank * run.accumulate + i, n_micro_batches)
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    batch = [documents[j] for j in chosen]
-                    losses_of_part = loss_of(batch, rank * run.accumulate + i, n_micro_batches)
+                    losses_of_part = loss_of(part)
                 (n_processes * losses_of_part[0]).backward()  # the processes' gradients are averaged, not summed
                 step_losses += torch.stack(losses_of_part).detach()
             if n_processes > 1:

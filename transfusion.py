@@ -31,16 +31,15 @@ variance 1. Three documents as the model sees them in training, with images of t
 "predicts" is the token that the LM loss asks for at that position; "-" means no LM loss. BOI is
 followed by a patch, and a patch by another, or by the EOI that `pack` appends after the N patches
 of an image: none of these has to be predicted. At a patch, the output of the transformer is used to
-denoise that same patch, not the next one. "t" is the noise level of an image, from 0 (clean) to 1
-(pure noise). Every image has its own. (An instruction, like "make it green.", can be excluded from
-the LM loss, because a user writes it, not the model.)
+denoise that same patch, not the next one. (An instruction, like "make it green.", can be excluded
+from the LM loss, because a user writes it, not the model.)
 
-What follows an image sees it noised, and it would be useless to learn to caption or to edit pure
-noise. So in training, an image that opens a document and has something after it (the first image
-of the second and of the third document) is noised at most to the noise cap, t = 0.5. Every other
-image can have any t up to 1, because the model must learn to draw it from pure noise. It must also
-learn to predict without text, for guidance, so some training documents have their text removed:
-[text, image] becomes [image].
+"t" is the noise level of an image, from 0 (clean) to 1 (pure noise). Every image has its own. The
+text after an image, and a second image, attend to the noised image, and nobody can caption or edit
+pure noise. So the first image of the second and of the third document has a t of at most 0.5, the
+noise cap. All other images can have any t up to 1: the model must learn to draw them from pure
+noise. It must also learn to draw without text, for guidance, so some training documents have their
+text removed: [text, image] becomes [image].
 
 The method ends with the section "Generation". After it come the tokenizer, the VAE, U-Net patches
 (the paper's alternative to linear ones), and the baseline, Chameleon. `DEVIATION:` marks what
@@ -48,8 +47,8 @@ differs from the paper, with the option that restores it if there is one. `NOT S
 the paper leaves open.
 
 Shapes: B documents, T positions, M images in the batch, C x H x W latents (by default 4 x 8 x 8),
-N patches per image (16), P numbers per patch (16), D width of the transformer (96), V size of the
-vocabulary.
+N patches per image (4 x 4 = 16), P numbers per patch (4 x 2 x 2 = 16), D width of the transformer
+(96), V size of the vocabulary.
 """
 
 import math
@@ -108,35 +107,61 @@ SPECIAL_TOKENS = ["PAD", "BOS", "EOS", "BOI", "EOI", "PATCH"]
 PAD, BOS, EOS, BOI, EOI, PATCH = range(len(SPECIAL_TOKENS))
 N_SPECIAL = len(SPECIAL_TOKENS)  # token ids from here on are text
 
-def pack(documents, tokenizer, cfg, end=True):
-    """Pack documents, whose parts are str or latents (C, H, W). `end` closes each with EOS.
+NO_LOSS = -100  # the "-" of the tables above; F.cross_entropy ignores it
 
-    Returns
-        tokens    (B, T) int64    token ids; PATCH at the position of a patch; PAD on the right
-        image_id  (B, T) int64    for a patch, the index of its image in latents; elsewhere -1
-        latents   (M, C, H, W)    all images of the batch, in reading order
-    """
-    all_tokens, all_image_ids, images = [], [], []
+@dataclass
+class Batch:
+    """Packed documents: the rows of the tables above, and all images in one flat list."""
+    tokens: torch.Tensor  # (B, T) int64: token ids; PATCH stands for a patch; PAD is on the right
+    targets: torch.Tensor  # (B, T) int64: the token that each position has to predict, or NO_LOSS
+    image_id: torch.Tensor  # (B, T) int64: for a patch, the index of its image; elsewhere -1
+    images: torch.Tensor  # (M, C, H, W): in reading order, noised to t
+    t: torch.Tensor  # (M,): the noise level of each image
+    image_targets: torch.Tensor  # (M, C, H, W): what the model has to predict for each image
+    n_text_losses: torch.Tensor = None  # in training: how many positions have an LM loss,
+    n_image_losses: torch.Tensor = None  # and how many images a diffusion loss?
+
+def pack(documents, tokenizer, cfg, device="cpu", end=True):
+    """Pack documents, whose parts are str or images (C, H, W). `end` closes each with EOS."""
+    all_tokens, all_targets, all_image_ids, images = [], [], [], []
     for document in documents:
-        tokens, image_id = [BOS], [-1]
-        for part in document:
-            if isinstance(part, str):
-                text = tokenizer.encode(part)
-                tokens += text
-                image_id += [-1] * len(text)
-            else:
+        is_image = [not isinstance(part, str) for part in document]
+        # `targets` has the tokens that must be predicted, at their own positions for now.
+        tokens, targets, image_id = [BOS], [NO_LOSS], [-1]
+        for i, part in enumerate(document):
+            if is_image[i]:
                 tokens += [BOI] + [PATCH] * cfg.n_patches + [EOI]
+                targets += [BOI] + [NO_LOSS] * cfg.n_patches + [NO_LOSS]
                 image_id += [-1] + [len(images)] * cfg.n_patches + [-1]
                 images.append(part)
+            else:
+                text = tokenizer.encode(part)
+                is_instruction = any(is_image[:i]) and any(is_image[i + 1 :])
+                has_loss = cfg.instruction_loss or not is_instruction
+                tokens += text
+                targets += text if has_loss else [NO_LOSS] * len(text)
+                image_id += [-1] * len(text)
         if end:
             tokens.append(EOS)
+            targets.append(EOS)
             image_id.append(-1)
-        all_tokens.append(torch.tensor(tokens))
-        all_image_ids.append(torch.tensor(image_id))
-    tokens = pad_sequence(all_tokens, batch_first=True, padding_value=PAD)
-    image_id = pad_sequence(all_image_ids, batch_first=True, padding_value=-1)
-    latents = torch.stack(images) if images else torch.zeros(0, *cfg.latent_shape)
-    return tokens, image_id, latents
+        all_tokens.append(tokens)
+        all_targets.append(targets[1:] + [NO_LOSS])  # each position predicts the token after it
+        all_image_ids.append(image_id)
+    images = torch.stack(images) if images else torch.zeros(0, *cfg.latent_shape)
+    images = images.to(device)
+    return Batch(
+        tokens=pad(all_tokens, PAD).to(device),
+        targets=pad(all_targets, NO_LOSS).to(device),
+        image_id=pad(all_image_ids, -1).to(device),
+        # The images are clean; `training_batch` noises them.
+        images=images, t=torch.zeros(len(images), device=device), image_targets=images,
+    )
+
+def pad(rows, value):
+    """Lists of numbers of different lengths -> (rows, longest), with `value` on the right."""
+    rows = [torch.tensor(row) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_value=value)
 
 def attention_mask(image_id, bidirectional=True):
     """Section 3, "Transfusion attention": may the query (row) see the key (column)?
@@ -146,29 +171,10 @@ def attention_mask(image_id, bidirectional=True):
     """
     T = image_id.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=image_id.device).tril()
-    is_patch = image_id >= 0
     same_image = image_id[:, :, None] == image_id[:, None, :]  # (B, T, T)
-    same_image = same_image & is_patch[:, :, None]  # -1 means no image
+    same_image = same_image & (image_id >= 0)[:, :, None]  # -1 means no image
     mask = (causal | same_image) if bidirectional else causal.expand_as(same_image)
     return mask[:, None]
-
-def has_lm_loss(tokens, instruction_loss=True):
-    """Which positions have an LM loss? (B, T) -> bool (B, T - 1), for all positions but the last.
-
-    No loss at BOI and at patches: what comes next is a patch, or the EOI that `pack` appends. No
-    loss where padding comes next. Without `instruction_loss`, the text between the first and the
-    last image is not a target either: it is an instruction, which a user writes, not the model.
-    """
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    has_loss = (inputs != BOI) & (inputs != PATCH) & (targets != PAD)
-    if not instruction_loss:
-        # An edit:   BOS BOI patch patch EOI make it green . BOI patch patch EOI EOS
-        # n_boi:     0   1   1     1     1   1    1  1     1 2   2     2     2   2
-        n_boi = (tokens == BOI).cumsum(1)
-        is_between = (n_boi > 0) & (n_boi < n_boi[:, -1:])  # after the first BOI, before the last
-        is_instruction = is_between & (tokens >= N_SPECIAL)  # only its text, not BOI and EOI
-        has_loss = has_loss & ~is_instruction[:, 1:]  # [:, 1:] are the targets
-    return has_loss
 
 # ---- Diffusion -----------------------------------------------------------------------------------
 
@@ -187,14 +193,13 @@ def q_sample(x0, eps, t):
     return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
 
 def diffusion_target(x0, eps, t, target):
-    """What the model should predict from x_t: the noise eps, the image x0, or the mixture v
+    """What the model has to predict from x_t: the noise eps, the image x0, or the mixture v
     (v-prediction, arXiv 2202.00512). x_t and one of them determine the other two.
 
     DEVIATION: the paper predicts eps (--target eps). With x0, a model of this size learns to draw
-    in far fewer steps (data/README.md). Near t = 1 the text decides what is drawn. But there x_t is
-    almost equal to eps, so a model can predict eps well without reading the text. To predict x0, it
-    must read it. (At a given x_t, the squared error of x0 is (1 - ab) / ab times that of eps. This
-    weight is 0.025 at t = 0.1, 1 at t = 0.5, and 40 at t = 0.9.)
+    in far fewer training steps (data/README.md). The reason is what happens near t = 1, where the
+    text decides what is drawn. There x_t is almost equal to eps, so a model can predict eps without
+    reading the text. It cannot predict x0 without it.
     """
     ab = alpha_bar(t)
     if target == "eps":
@@ -215,13 +220,10 @@ def predicted_x0(xt, pred, t, target):
 def p_sample(xt, pred, t, t_next, target, eta=0.0):
     """One denoising step, from t to t_next < t, each (M,) or (1,).
 
-    The prediction implies x0 and eps. With eta = 0 (DDIM, the default) the step returns
-    q_sample(x0, eps, t_next): the same image and the same noise, with less of the noise. In general
-    (equations 12 and 16 of DDIM, arXiv 2010.02502), a part sigma^2 of the noise's variance
-    1 - ab_next is fresh noise z ~ N(0, 1). With eta = 1, this is DDPM's ancestral sampler.
-
-        x_t_next = sqrt(ab_next) x0 + sqrt(1 - ab_next - sigma^2) eps + sigma z
-        sigma^2 = eta^2 (1 - ab / ab_next) (1 - ab_next) / (1 - ab)
+    The prediction implies x0 and eps, and x0 is noised again, but only to t_next. With eta = 0 the
+    noise is the same eps: DDIM, the default. With eta > 0, a share of its variance is replaced by
+    that of fresh noise. With eta = 1 this is DDPM's ancestral sampler. (DDIM, arXiv 2010.02502,
+    equations 12 and 16: their sigma^2 is our fresh * (1 - ab_next).)
 
     NOT STATED: which sampler the paper uses. DEVIATION: the paper takes 250 steps, and 25 to 50
     steps of DDIM are enough here (250 steps of DDPM: sample.py --steps 250 --eta 1).
@@ -229,32 +231,30 @@ def p_sample(xt, pred, t, t_next, target, eta=0.0):
     ab, ab_next = alpha_bar(t), alpha_bar(t_next)
     x0 = predicted_x0(xt, pred, t, target)
     x0 = x0.clamp(-5, 5)  # latents have variance 1, but x0 from eps is divided by a tiny sqrt(ab)
-    eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()  # of x_t and the clamped x0
-    sigma = eta * ((1 - ab / ab_next) * (1 - ab_next) / (1 - ab)).sqrt()
-    eps_scale = (1 - ab_next - sigma**2).clamp(min=0).sqrt()  # rounding can make it negative
-    return ab_next.sqrt() * x0 + eps_scale * eps + sigma * torch.randn_like(xt)
+    eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()
+    fresh = eta**2 * (1 - ab / ab_next) / (1 - ab)  # the share of fresh noise
+    eps = (1 - fresh).clamp(min=0).sqrt() * eps + fresh.sqrt() * torch.randn_like(xt)
+    return q_sample(x0, eps, t_next)
 
 def training_times(n, t_power, device):
-    """Random times (n,), with density t_power * t^(t_power - 1), by inverting its CDF t^t_power.
+    """Random noise levels t (n,) for training images.
 
     NOT STATED: their distribution. In DDPM it is uniform (t_power = 1). A larger t_power favours
-    noisy images, where the text decides what is drawn.
+    noisy images: with 3, half of all t are above 0.79.
     """
     return torch.rand(n, device=device) ** (1 / t_power)
 
 def sampling_times(steps, t_power):
-    """The times that denoising visits, from 1 to 0: (steps + 1,).
+    """The noise levels that denoising visits, from 1 to 0: (steps + 1,).
 
-    NOT STATED: their spacing. Here they are quantiles of the training times, so the steps are
-    small where training times are dense. With t_power = 3, 50 steps are 1, 0.993, ..., 0.27, 0.
+    NOT STATED: their spacing. Here they are close together where those of training are. With
+    t_power = 3, 50 steps are 1, 0.993, ..., 0.27, 0. The last step is a long one, but at t = 0.27
+    an image has little noise left: alpha_bar is 0.83.
     """
     return torch.linspace(1, 0, steps + 1) ** (1 / t_power)
 
 def unconditional(document):
-    """The document without its text: [text, image] becomes [image].
-
-    And [image, instruction, image] becomes [image, image]: the image to be edited stays.
-    """
+    """The document without its text: [text, image] becomes [image], and an edit [image, image]."""
     return [part for part in document if not isinstance(part, str)]
 
 def guide(with_text, without_text, guidance_scale):
@@ -265,26 +265,21 @@ def guide(with_text, without_text, guidance_scale):
     training documents with text before an image unconditional (--unconditional-share). They are
     trained like any other document. NOT STATED: that share. DEVIATION: a scale of 2, where the
     paper has 3 or 5 (--guidance-scale).
-
-    It makes no difference whether x0, eps or v is guided: at a given x_t, one is a * another + b,
-    and guiding leaves b as it is, because its weights 1 - scale and scale add up to 1.
     """
     return without_text + guidance_scale * (with_text - without_text)
 
 # ---- Transformer: Llama (RMSNorm, RoPE, SwiGLU, no biases) ---------------------------------------
 
-def rope_angles(n_positions, head_dim, device, base=10000.0):
-    """Rotary position embedding: cos and sin of the angles, both (T, head_dim / 2)."""
-    frequency = base ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)
-    angle = torch.arange(n_positions, device=device)[:, None] * frequency
-    return angle.cos(), angle.sin()
-
-def rotate(x, rope):
-    """Rotate pairs of features of x (..., T, head_dim) by angles that grow with the position.
+def rope(x, base=10000.0):
+    """Rotary position embedding: rotate pairs of features of x (..., T, head_dim), by angles that
+    grow with the position.
 
     The product of a rotated query and a rotated key then depends on their distance only.
     """
-    cos, sin = rope
+    T, head_dim = x.shape[-2:]
+    frequency = base ** -(torch.arange(0, head_dim, 2, device=x.device) / head_dim)
+    angle = torch.arange(T, device=x.device)[:, None] * frequency  # (T, head_dim / 2)
+    cos, sin = angle.cos(), angle.sin()
     first, second = x.chunk(2, dim=-1)  # feature i forms a pair with feature i + head_dim / 2
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
@@ -300,13 +295,13 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(head_dim) if cfg.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head_dim) if cfg.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, mask):
+    def forward(self, x, mask):
         B, T, D = x.shape
         q = self.wq(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, heads, T, head_dim)
         k = self.wk(x).view(B, T, self.n_heads, -1).transpose(1, 2)
         v = self.wv(x).view(B, T, self.n_heads, -1).transpose(1, 2)
-        q = rotate(self.q_norm(q), rope)
-        k = rotate(self.k_norm(k), rope)
+        q = rope(self.q_norm(q))
+        k = rope(self.k_norm(k))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.wo(x.transpose(1, 2).reshape(B, T, D))
 
@@ -329,8 +324,8 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(cfg.dim)
         self.ffn = FeedForward(cfg)
 
-    def forward(self, x, rope, mask):
-        x = x + self.attention(self.attention_norm(x), rope, mask)
+    def forward(self, x, mask):
+        x = x + self.attention(self.attention_norm(x), mask)
         return x + self.ffn(self.ffn_norm(x))
 
 class Transformer(nn.Module):
@@ -338,14 +333,12 @@ class Transformer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.head_dim = cfg.dim // cfg.n_heads
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = nn.RMSNorm(cfg.dim)
 
     def forward(self, x, mask):
-        rope = rope_angles(x.shape[1], self.head_dim, x.device)
         for block in self.blocks:
-            x = block(x, rope, mask)
+            x = block(x, mask)
         return self.norm(x)
 
 def init_matrices(module, n_layers):
@@ -416,15 +409,15 @@ class LinearPatchDecoder(nn.Module):
 
 # ---- Transfusion ---------------------------------------------------------------------------------
 
-def next_token_losses(logits, tokens):
-    """-log P(next token) at each position but the last: (B, T, V) and (B, T) -> (B, T - 1)."""
-    return F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+def next_token_losses(logits, targets):
+    """-log P(target) at each position: (B, T, V) and (B, T) -> (B, T), 0 where there is no loss."""
+    logits = logits.transpose(1, 2)
+    return F.cross_entropy(logits, targets, ignore_index=NO_LOSS, reduction="none")
 
 def is_capped(documents):
     """For each image, in reading order: does it open its document, with something after it?
 
-    An image that is alone in its document is not capped. It is the unconditional form, and the
-    model must learn to draw it from pure noise.
+    (An image that is alone is not capped: it is the unconditional form, and has to be drawn.)
     """
     return [
         position == 0 and len(document) > 1
@@ -456,98 +449,91 @@ class Transfusion(nn.Module):
             self.patch_encoder = UNetDown(cfg)
             self.patch_decoder = UNetUp(cfg)
 
-    def forward(self, tokens, image_id, latents, t):
-        """Run a packed batch whose latents (M, C, H, W) are noised to times t (M,).
+    def forward(self, batch):
+        """Run a Batch whose images are noised to their t.
 
         Returns the logits of the next token (B, T, V), and for each image the prediction of eps, v
         or x0 (M, C, H, W).
         """
-        is_patch = image_id >= 0  # (B, T)
-        x = self.token_embedding(tokens)  # (B, T, D)
-        patches, skip = self.patch_encoder(latents, t)
+        is_patch = batch.image_id >= 0  # (B, T)
+        x = self.token_embedding(batch.tokens)  # (B, T, D)
+        patches, skip = self.patch_encoder(batch.images, batch.t)
         patches = patches + self.patch_position  # (M, N, D)
         # The patches replace the embeddings of PATCH. Boolean indexing goes through the batch in
-        # reading order, and latents are in that order.
+        # reading order, and images are in that order.
         x[is_patch] = patches.flatten(0, 1).to(x.dtype)
-        x = self.transformer(x, attention_mask(image_id, self.cfg.bidirectional))
+        x = self.transformer(x, attention_mask(batch.image_id, self.cfg.bidirectional))
         logits = self.lm_head(x)
         pred = self.patch_decoder(x[is_patch].view(patches.shape), skip)
         return logits, pred
 
     def pack(self, documents, end=True):
-        batch = pack(documents, self.tokenizer, self.cfg, end)
-        return [tensor.to(self.lm_head.weight.device) for tensor in batch]
+        return pack(documents, self.tokenizer, self.cfg, self.lm_head.weight.device, end)
 
-    def loss(self, documents, micro_batch=0, n_micro_batches=1):
-        """Section 3, training objective: L = L_LM + lambda * L_DDPM.
+    def training_batch(self, documents):
+        """Pack documents, whose images are clean, and noise the images. Returns a Batch."""
+        batch = self.pack(documents)
+        x0 = batch.images
 
-        The documents have clean latents. Returns (loss, loss_lm, loss_ddpm). For the other two
-        arguments see `select_micro_batch`.
-        """
-        tokens, image_id, latents = self.pack(documents)
-
-        # Every image has its own t. The noise cap (table 8): an image that opens its document, with
-        # something after it, gets a t of at most noise_cap. NOT STATED: how a capped t is
-        # distributed. Here it is uniform.
-        t = training_times(len(latents), self.cfg.t_power, latents.device)  # (M,)
+        # Every image has its own t. The noise cap (table 8) limits some of them. NOT STATED: how a
+        # capped t is distributed. Here it is uniform.
+        t = training_times(len(x0), self.cfg.t_power, x0.device)  # (M,)
         capped_t = self.cfg.noise_cap * torch.rand_like(t)
         capped = torch.tensor(is_capped(documents), dtype=torch.bool, device=t.device)
-        t = torch.where(capped, capped_t, t)
+        batch.t = torch.where(capped, capped_t, t)
 
-        eps = torch.randn_like(latents)
+        eps = torch.randn_like(x0)
+        batch.images = q_sample(x0, eps, batch.t)  # the latents are noised, not the patches
+        batch.image_targets = diffusion_target(x0, eps, batch.t, self.cfg.target)
 
-        # The denominators: both losses are means over the whole batch.
-        has_loss = has_lm_loss(tokens, self.cfg.instruction_loss)
-        n_predicted = has_loss.sum().clamp(min=1)  # tokens with an LM loss
-        n_noised = (t > 0).sum().clamp(min=1)  # all images, but with noise_cap = 0 some are clean
+        batch.n_text_losses = (batch.targets != NO_LOSS).sum()
+        batch.n_image_losses = (batch.t > 0).sum()  # with noise_cap = 0, capped images are clean
+        return batch
 
-        if n_micro_batches > 1:  # a first reading can skip this
-            tokens, image_id, has_loss, latents, t, eps = select_micro_batch(
-                micro_batch, n_micro_batches, tokens, image_id, has_loss, latents, t, eps
-            )
-        xt = q_sample(latents, eps, t)  # the latents are noised, before they become patches
-        logits, pred = self(tokens, image_id, xt, t)
+    def loss(self, batch):
+        """Section 3, training objective: L = L_LM + lambda * L_DDPM, for a training batch.
+
+        Returns (loss, loss_lm, loss_ddpm).
+        """
+        logits, pred = self(batch)
+
+        # LM loss: the mean over all positions of the batch that have to predict a token.
+        loss_lm = next_token_losses(logits, batch.targets).sum() / batch.n_text_losses.clamp(min=1)
 
         # Diffusion loss: the mean squared error of each image, then the mean over noised images.
-        target = diffusion_target(latents, eps, t, self.cfg.target)
-        error = (pred - target).square().mean((1, 2, 3))  # (M,)
-        loss_ddpm = (error * (t > 0)).sum() / n_noised
+        error = (pred - batch.image_targets).square().mean((1, 2, 3))  # (M,)
+        loss_ddpm = (error * (batch.t > 0)).sum() / batch.n_image_losses.clamp(min=1)
 
-        # LM loss: the mean over the positions of the whole batch that predict a token.
-        loss_lm = (next_token_losses(logits, tokens) * has_loss).sum() / n_predicted
         return loss_lm + self.cfg.lambda_ddpm * loss_ddpm, loss_lm, loss_ddpm
 
     def logits(self, documents, end=True):
-        """Next-token logits (B, T, V) of documents with clean images, and their tokens (B, T).
+        """Next-token logits (B, T, V) of documents with clean images, and the documents' Batch.
 
         NOT STATED: the t of finished images. Here it is 0. In training they are noised: at most to
         noise_cap if they open the document, and otherwise to any t.
         """
-        tokens, image_id, latents = self.pack(documents, end)
-        logits, _ = self(tokens, image_id, latents, t=latents.new_zeros(len(latents)))
-        return logits, tokens
+        batch = self.pack(documents, end)
+        logits, _ = self(batch)
+        return logits, batch
 
     def predict_last_image(self, documents, t):
-        """The prediction (B, C, H, W) for the last image of each document, which is an x_t. The
-        number t is the same for all documents.
-
-        The images before it are clean, with t = 0, as in `logits`.
+        """Documents end with an image that is being denoised: x_t, with one t for all. The images
+        before it are clean. Returns the prediction (B, C, H, W) for x_t.
         """
         # end=False leaves out EOS only. EOI is there already, but no patch can see it.
-        tokens, image_id, latents = self.pack(documents, end=False)
-        last = image_id.amax(1)  # the index in latents of each document's last image (B,)
-        times = latents.new_zeros(len(latents))
-        times[last] = t
-        _, pred = self(tokens, image_id, latents, times)
+        batch = self.pack(documents, end=False)
+        last = batch.image_id.amax(1)  # the indices of these images are the largest of each row
+        batch.t[last] = t
+        _, pred = self(batch)
         return pred[last]
 
     def draw(self, documents, steps, guidance_scale, eta, show):
         """Diffusion mode, which `generate` enters when a model has predicted BOI: append noise to
-        each document, in place, and denoise it step by step. Calls show() after every step.
+        each document, in place, and denoise it step by step. After each step, call show(), which
+        displays the documents.
 
-        The last part of a document is the current x_t, and every step runs the whole sequence. A
-        key-value cache would save the part before the image, but that is short here: a cache pays
-        off only with long texts or many images.
+        Every step runs the whole sequence. A key-value cache would save the part before the image,
+        but it pays off only with long texts or many images.
         """
         device = self.lm_head.weight.device
         xt = torch.randn(len(documents), *self.cfg.latent_shape, device=device)
@@ -556,7 +542,7 @@ class Transfusion(nn.Module):
         for t, t_next in pairwise(sampling_times(steps, self.cfg.t_power).to(device)):
             pred = self.predict_last_image(documents, t)
             if guidance_scale != 1:
-                without_text = [unconditional(document) for document in documents]
+                without_text = [unconditional(document) for document in documents]  # but with x_t
                 pred = guide(pred, self.predict_last_image(without_text, t), guidance_scale)
             xt = p_sample(xt, pred, t[None], t_next[None], self.cfg.target, eta)
             for document, image in zip(documents, xt):
@@ -565,14 +551,11 @@ class Transfusion(nn.Module):
 
 # ---- Generation ----------------------------------------------------------------------------------
 
-def at_last_token(logits, tokens):
-    """The logits (B, V) at the last position of each document that is not padding."""
-    last = (tokens != PAD).sum(1) - 1
-    return logits[torch.arange(len(tokens), device=tokens.device), last]
-
 def next_token_logits(model, documents):
     """Logits (B, V) of the token after each document, which can be text, BOI or EOS."""
-    logits = at_last_token(*model.logits(documents, end=False))
+    logits, batch = model.logits(documents, end=False)
+    last = (batch.tokens != PAD).sum(1) - 1  # the last position that is not padding (B,)
+    logits = logits[torch.arange(len(last), device=last.device), last]
     logits = logits[:, : len(model.tokenizer)]  # Chameleon's vocabulary has image codes after these
     logits[:, [PAD, BOS, EOI, PATCH]] = -math.inf  # `pack` puts these where they belong
     return logits
@@ -610,7 +593,7 @@ def write(model, documents, max_tokens, temperature, show):
             elif token != EOS:
                 append_token(document, token, model.tokenizer)
                 still_writing.append(document)
-        documents = still_writing
+        documents = still_writing  # without those that end here, and those that want an image
         show()
     return wants_image
 
@@ -628,13 +611,13 @@ def generate(
     `show` is called with all documents after every token and every denoising step.
     """
     documents = [list(document) for document in documents]  # copies, which grow below
-    show = partial(show, documents)  # show() is show(documents) from here on
+    show_all = partial(show, documents)  # show_all() is show(documents)
     active = documents  # those that have not ended; each has drawn the same number of images
     while True:
-        active = write(model, active, max_tokens, temperature, show)
+        active = write(model, active, max_tokens, temperature, show_all)
         if not active or max_images == 0:
             return documents
-        model.draw(active, steps, guidance_scale, eta, show)  # `pack` adds BOI and EOI
+        model.draw(active, steps, guidance_scale, eta, show_all)  # `pack` adds BOI and EOI
         max_images -= 1
 
 # ---- Tokenizer: text to tokens and back ----------------------------------------------------------
@@ -847,7 +830,8 @@ class QuantisedVAE(VAE):
         self.normalise = nn.BatchNorm2d(cfg.code_dim, affine=False)
         levels = torch.arange(cfg.code_levels) - (cfg.code_levels - 1) / 2  # five: -2, -1, 0, 1, 2
         points = torch.cartesian_prod(*[levels] * cfg.code_dim).view(-1, cfg.code_dim)
-        self.register_buffer("codebook", points.flip(1))  # (codes, code_dim); any order would do
+        points = points.flip(1)  # number them like digits, the first entry being the lowest digit
+        self.register_buffer("codebook", points)  # (codes, code_dim)
 
     def quantise(self, pictures):
         """uint8 (M, H, W, 3) -> codes (M, N), and their vectors (M, code_dim, grid, grid)."""
@@ -898,55 +882,52 @@ class Chameleon(nn.Module):
         self.lm_head = nn.Linear(cfg.dim, vocab_size, bias=False)
         init_matrices(self, cfg.n_layers)
 
-    def forward(self, ids):
-        """Token ids (B, T), of text and codes -> next-token logits (B, T, V)."""
-        causal = attention_mask(torch.full_like(ids, -1), bidirectional=False)
-        return self.lm_head(self.transformer(self.token_embedding(ids), causal))
+    def forward(self, batch):
+        """Next-token logits (B, T, V), for text and codes."""
+        mask = attention_mask(batch.image_id, bidirectional=False)
+        return self.lm_head(self.transformer(self.token_embedding(batch.tokens), mask))
 
     def pack(self, documents, end=True):
-        """Documents of str and codes (N,) -> tokens and image_id, as Transfusion has them, and ids:
-        the tokens with codes in place of PATCH. All are (B, T).
+        """Documents of str and codes (N,) -> a Batch with the ids of the codes in place of PATCH."""
+        batch = pack(documents, self.tokenizer, self.cfg, self.lm_head.weight.device, end)
+        # Without images, batch.images is an empty tensor of floats, so .long() is needed.
+        batch.tokens[batch.image_id >= 0] = len(self.tokenizer) + batch.images.flatten().long()
+        return batch
+
+    def training_batch(self, documents):
+        """The same with more targets: unlike patches, codes are predicted, by the token before."""
+        batch = self.pack(documents)
+        batch.n_text_losses = (batch.targets != NO_LOSS).sum()
+        next_is_code = batch.image_id[:, 1:] >= 0
+        batch.targets[:, :-1][next_is_code] = batch.tokens[:, 1:][next_is_code]
+        batch.n_image_losses = next_is_code.sum()
+        return batch
+
+    def loss(self, batch):
+        """The mean next-token loss of text and codes, with a z-loss.
+
+        Returns (loss, loss_text, loss_codes).
         """
-        batch = pack(documents, self.tokenizer, self.cfg, end)
-        tokens, image_id, codes = [tensor.to(self.lm_head.weight.device) for tensor in batch]
-        ids = tokens.clone()
-        # Without images, `pack` returns an empty tensor of floats, so .long() is needed.
-        ids[image_id >= 0] = len(self.tokenizer) + codes.flatten().long()
-        return tokens, image_id, ids
+        logits = self(batch)
+        losses = next_token_losses(logits, batch.targets)
+        is_code = batch.targets >= len(self.tokenizer)
+        loss_text = (losses * ~is_code).sum() / batch.n_text_losses.clamp(min=1)
+        loss_codes = (losses * is_code).sum() / batch.n_image_losses.clamp(min=1)
 
-    def loss(self, documents, micro_batch=0, n_micro_batches=1):
-        """The next-token loss, with a z-loss. Returns (loss, loss_text, loss_codes).
-
-        It is the mean over the positions where Transfusion has an LM loss, and those that predict a
-        code. The arguments are those of Transfusion.loss.
-        """
-        tokens, image_id, ids = self.pack(documents)
-        predicts_text = has_lm_loss(tokens, self.cfg.instruction_loss)
-        predicts_code = image_id[:, 1:] >= 0
-        n_text, n_codes = predicts_text.sum(), predicts_code.sum()
-
-        own = slice(micro_batch, None, n_micro_batches)  # every document, without micro-batches
-        ids, predicts_text, predicts_code = ids[own], predicts_text[own], predicts_code[own]
-        logits = self(ids)
-        losses = next_token_losses(logits, ids)
-        loss_text = (losses * predicts_text).sum() / n_text.clamp(min=1)
-        loss_codes = (losses * predicts_code).sum() / n_codes.clamp(min=1)
-
-        z_loss = self.cfg.z_loss * logits[:, :-1].logsumexp(-1).square()
-        has_loss = predicts_text | predicts_code
-        loss = ((losses + z_loss) * has_loss).sum() / (n_text + n_codes).clamp(min=1)
+        z_loss = self.cfg.z_loss * logits.logsumexp(-1).square() * (batch.targets != NO_LOSS)
+        loss = (losses + z_loss).sum() / (batch.n_text_losses + batch.n_image_losses).clamp(min=1)
         return loss, loss_text, loss_codes
 
     def logits(self, documents, end=True):
-        """Next-token logits (B, T, V) of documents, and their tokens (B, T): PATCH for codes."""
-        tokens, _, ids = self.pack(documents, end)
-        return self(ids), tokens
+        """Next-token logits (B, T, V) of documents, and their Batch."""
+        batch = self.pack(documents, end)
+        return self(batch), batch
 
     def predict_last_image(self, documents):
         """Logits (B, N, codes) for the codes in the last image of each document."""
-        _, image_id, ids = self.pack(documents, end=False)
-        is_last = image_id == image_id.amax(1, keepdim=True)  # positions of these codes
-        logits = self(ids)[:, :-1]  # each code is predicted one position before it
+        batch = self.pack(documents, end=False)
+        is_last = batch.image_id == batch.image_id.amax(1, keepdim=True)  # positions of these codes
+        logits = self(batch)[:, :-1]  # each code is predicted one position before it
         logits = logits[is_last[:, 1:]].view(len(documents), self.cfg.n_patches, -1)
         return logits[:, :, len(self.tokenizer) :]
 
@@ -973,14 +954,16 @@ class Chameleon(nn.Module):
 
 # ---- Micro-batches -------------------------------------------------------------------------------
 
-def select_micro_batch(i, n, tokens, image_id, has_loss, latents, t, eps):
-    """Documents i, i + n, i + 2n, ... of a batch, and their images.
+def micro_batch(batch, i, n):
+    """Documents i, i + n, i + 2n, ... of a training batch, and their images.
 
-    Several processes, or the steps of gradient accumulation, pack the same documents, draw the same
-    noise from the same seed, and then run one micro-batch each. Because the denominators are those
-    of the whole batch, the losses of all micro-batches add up to its loss.
+    Several processes, or the steps of gradient accumulation, run one micro-batch each. Its number
+    of losses stays that of the whole batch, so the losses of all micro-batches add up to its loss.
     """
-    document = (tokens == BOI).nonzero()[:, 0]  # each image has one BOI: whose is it? (M,)
-    of_documents = [x[i::n] for x in (tokens, image_id, has_loss)]
-    of_images = [x[document % n == i] for x in (latents, t, eps)]
-    return *of_documents, *of_images
+    document = (batch.tokens == BOI).nonzero()[:, 0]  # each image has one BOI: whose is it? (M,)
+    own = document % n == i
+    return replace(
+        batch,
+        tokens=batch.tokens[i::n], targets=batch.targets[i::n], image_id=batch.image_id[i::n],
+        images=batch.images[own], t=batch.t[own], image_targets=batch.image_targets[own],
+    )

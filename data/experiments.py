@@ -50,6 +50,7 @@ RUNS = {
     "v": "--steps 6600 --target v",
     "v-unet": "--steps 4000 --target v --patch-encoder unet",
     "x0": "--steps 6600",
+    "x0-causal": "--steps 6600 --no-bidirectional",
     "x0-unet": "--steps 4000 --patch-encoder unet",
     "x0-unet-causal": "--steps 4000 --patch-encoder unet --no-bidirectional",
     "64-patches-long": "--patch-size 1 --batch-size 13 --steps 6600",

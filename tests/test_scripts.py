@@ -32,7 +32,7 @@ from train import (
     PRESETS, Muon, Run, Trained, check_config, check_options, learning_rate, load_checkpoint, make_optimizers,
     parse_options,
 )
-from transfusion import BOI, EOS, VAE, Config, Tokenizer, Transfusion
+from transfusion import BOI, EOS, VAE, Batch, Config, Tokenizer, Transfusion
 
 torch.set_num_threads(1)  # the quickest for models as tiny as these; and `start` does the same
 ROOT = Path(__file__).parents[1]
@@ -756,12 +756,13 @@ def test_likelihood_ranks_by_the_whole_text():
     model = Transfusion(PRESETS["tiny"], tokenizer).requires_grad_(False)
     torch.nn.init.normal_(model.lm_head.weight)
     texts = ["a red circle.", "a blue square left of a red ring."]
-    no_images = torch.zeros(0, *model.cfg.latent_shape), torch.zeros(0)
+    no_images = torch.zeros(0, *model.cfg.latent_shape), torch.zeros(0)  # and their times
     for special_token in (BOI, EOS):
         log_p, count_ = Trained(model, None, Run()).log_likelihood(texts, draws=special_token == BOI)
         for i, text in enumerate(texts):
             tokens = [1, *tokenizer.encode(text), special_token]
-            logits, _ = model(torch.tensor([tokens]), torch.full((1, len(tokens)), -1), *no_images)
+            ids = torch.tensor([tokens])
+            logits, _ = model(Batch(ids, None, torch.full_like(ids, -1), *no_images, None))
             by_hand = sum(logits[0, j].log_softmax(-1)[tokens[j + 1]] for j in range(len(tokens) - 1))
             assert log_p[i] == pytest.approx(by_hand.item(), abs=1e-3) and count_[i] == len(tokens) - 1
 

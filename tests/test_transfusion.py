@@ -15,10 +15,10 @@ import torch.nn.functional as F
 import transfusion
 from train import PRESETS, check_config, check_options, log_likelihood, make_models, parse_options
 from transfusion import (
-    BOI, BOS, EOI, EOS, N_SPECIAL, PAD, PATCH, SPECIAL_TOKENS, VAE, Chameleon, Config, QuantisedVAE,
-    Tokenizer, Transfusion, Transformer, UNetDown, UNetUp, alpha_bar, append_token, attention_mask,
-    diffusion_target, encode_pictures, generate, guide, has_lm_loss, next_token_logits,
-    p_sample, pack, patchify, predicted_x0, q_sample, rope_angles, rotate,
+    BOI, BOS, EOI, EOS, N_SPECIAL, NO_LOSS, PAD, PATCH, SPECIAL_TOKENS, VAE, Batch, Chameleon, Config,
+    QuantisedVAE, Tokenizer, Transfusion, Transformer, UNetDown, UNetUp, alpha_bar, append_token,
+    attention_mask, diffusion_target, encode_pictures, generate, guide, micro_batch, next_token_logits,
+    p_sample, pack, patchify, predicted_x0, q_sample, rope,
     sample_tokens, sampling_times, training_times, unconditional, unpatchify,
 )
 
@@ -26,7 +26,8 @@ WORDS = ["a", "red", "blue", "circle", "square", "above", "."]
 TOKENIZER = Tokenizer(WORDS)
 IMAGE = None  # in the documents below; with_images puts a random image in its place
 TINY = {"dim": 32, "n_layers": 2, "n_heads": 2, "vae_dim": 8}
-TWO_PATCHES = SimpleNamespace(n_patches=2, latent_shape=(4, 8, 8))  # all that pack needs of a Config
+# All that pack needs of a Config:
+TWO_PATCHES = SimpleNamespace(n_patches=2, latent_shape=(4, 8, 8), instruction_loss=True)
 
 KINDS = {
     "default": {},
@@ -67,6 +68,9 @@ def spy_on_forward(model):
         return calls[-1][1]
     model.forward = spy
     return calls
+
+def loss_of(model, documents):
+    return model.loss(model.training_batch(documents))
 
 def drawing(rows):
     """Booleans as strings, one per row: # is true."""
@@ -117,7 +121,8 @@ def test_text_grows_token_by_token_through_bytes_that_are_not_utf8():
 def test_documents_are_packed_as_the_head_of_the_module_shows():
     caption, edit = ["a red circle.", IMAGE], [IMAGE, "a blue.", IMAGE]
     documents = with_images([caption, [IMAGE, "a red circle."], edit, ["a"], []], Config())
-    tokens, image_id, latents = pack(documents, TOKENIZER, TWO_PATCHES)
+    batch = pack(documents, TOKENIZER, TWO_PATCHES)
+    tokens, image_id = batch.tokens, batch.image_id
     names = [*SPECIAL_TOKENS, *[None] * 256, *WORDS]
     rows = [" ".join(names[token] for token in row if token != PAD) for row in tokens.tolist()]
     assert rows == [
@@ -130,21 +135,34 @@ def test_documents_are_packed_as_the_head_of_the_module_shows():
     assert (image_id >= 0).equal(tokens == PATCH)
     images_of = [row[row >= 0].tolist() for row in image_id]
     assert images_of == [[0, 0], [1, 1], [2, 2, 3, 3], [], []]
-    assert latents.equal(torch.stack([documents[0][1], documents[1][0], documents[2][0], documents[2][2]]))
+    images = [documents[0][1], documents[1][0], documents[2][0], documents[2][2]]
+    assert batch.images.equal(torch.stack(images)) and batch.t.equal(torch.zeros(4))
     assert tokens.shape == (5, 13) and tokens[3].tolist()[3:] == [PAD] * 10
 
-    prompt, prompt_id, _ = pack(documents, TOKENIZER, TWO_PATCHES, end=False)
+    has_target = batch.targets != NO_LOSS
+    rows = [" ".join(names[token] if token != NO_LOSS else "-" for token in row) for row in batch.targets.tolist()]
+    assert rows == [
+        "a red circle . BOI - - - EOS - - - -",
+        "BOI - - - a red circle . EOS - - - -",
+        "BOI - - - a blue . BOI - - - EOS -",
+        "a EOS" + " -" * 11,
+        "EOS" + " -" * 12,
+    ]
+    assert batch.targets[:, :-1][has_target[:, :-1]].equal(tokens[:, 1:][has_target[:, :-1]])
+
+    prompt = pack(documents, TOKENIZER, TWO_PATCHES, end=False)
     for row in range(5):
         whole = tokens[row][tokens[row] != PAD]
-        assert prompt[row][prompt[row] != PAD].equal(whole[:-1]) and whole[-1] == EOS
-    assert prompt_id.equal(image_id[:, :12])
+        assert prompt.tokens[row][prompt.tokens[row] != PAD].equal(whole[:-1]) and whole[-1] == EOS
+    assert prompt.image_id.equal(image_id[:, :12])
 
 def test_the_unconditional_form_is_packed_as_the_document_without_its_text():
     documents = with_images([["a red.", IMAGE, "a", IMAGE], [IMAGE, "a dog."], ["a blue."]], Config())
-    tokens, image_id, latents = pack(documents, TOKENIZER, TWO_PATCHES)
+    batch = pack(documents, TOKENIZER, TWO_PATCHES)
     before = [len(document) for document in documents]
-    found, found_id, found_latents = pack([unconditional(d) for d in documents], TOKENIZER, TWO_PATCHES)
-    assert found_latents.equal(latents) and before == [len(document) for document in documents]
+    without_text = pack([unconditional(d) for d in documents], TOKENIZER, TWO_PATCHES)
+    assert without_text.images.equal(batch.images) and before == [len(document) for document in documents]
+    tokens, image_id, found, found_id = batch.tokens, batch.image_id, without_text.tokens, without_text.image_id
     for row in range(3):
         is_special = (tokens[row] != PAD) & (tokens[row] < N_SPECIAL)
         n = is_special.sum()
@@ -153,7 +171,7 @@ def test_the_unconditional_form_is_packed_as_the_document_without_its_text():
 
 def test_the_mask_is_causal_and_open_inside_an_image():
     documents = with_images([["red.", IMAGE, "a", IMAGE]], Config())
-    _, image_id, _ = pack(documents, TOKENIZER, TWO_PATCHES)
+    image_id = pack(documents, TOKENIZER, TWO_PATCHES).image_id
     assert drawing(attention_mask(image_id)[0, 0]) == [
         "#............",  # BOS
         "##...........",  # red
@@ -172,17 +190,18 @@ def test_the_mask_is_causal_and_open_inside_an_image():
 
 def test_without_bidirectional_the_mask_is_causal_and_nothing_else():
     documents = with_images([["red.", IMAGE, "a", IMAGE], ["a"]], Config())
-    _, image_id, _ = pack(documents, TOKENIZER, TWO_PATCHES)
+    image_id = pack(documents, TOKENIZER, TWO_PATCHES).image_id
     mask = attention_mask(image_id, bidirectional=False)
     assert mask.shape == (2, 1, 13, 13) and all(m.equal(torch.ones(13, 13).tril().bool()) for m in mask[:, 0])
 
-def lm_loss_positions(document, *options):
+def lm_loss_positions(document, instruction_loss=True):
     """# where a document has an LM loss, for all positions but the last; with padding on the right."""
     documents = with_images([document, ["a red circle above a blue square.", IMAGE, IMAGE]], Config())
-    tokens, _, _ = pack(documents, TOKENIZER, TWO_PATCHES)
-    row, = drawing(has_lm_loss(tokens[:1], *options))
-    n = (tokens[0] != PAD).sum() - 1
-    assert set(row[n:]) == {"."}, "padding has no loss"
+    cfg = SimpleNamespace(**vars(TWO_PATCHES) | {"instruction_loss": instruction_loss})
+    batch = pack(documents, TOKENIZER, cfg)
+    row, = drawing(batch.targets[:1] != NO_LOSS)
+    n = (batch.tokens[0] != PAD).sum() - 1
+    assert set(row[n:]) == {"."}, "neither the last token nor padding has a loss"
     return row[:n]
 
 @pytest.mark.parametrize("document, positions", [
@@ -332,7 +351,7 @@ def as_complex(x, base=10000.0):
 def test_positions_turn_features_by_the_angles_of_rope():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 60, 8)  # (B, heads, T, head_dim)
-    found = rotate(x, rope_angles(60, 8, x.device)).double()
+    found = rope(x).double()
     for b, head in [(0, 0), (1, 2)]:
         expected = as_complex(x[b, head])
         assert (found[b, head, :, :4] - expected.real).abs().max() < 1e-4
@@ -397,22 +416,21 @@ def test_nothing_that_has_a_loss_depends_on_its_own_target(kind, document):
         entered.append(output.requires_grad_())
         return output.clone()
     model.token_embedding.register_forward_hook(keep_output)
-    packed = model.pack(with_images([DOCUMENTS[document]], model.cfg))
+    batch = model.pack(with_images([DOCUMENTS[document]], model.cfg))
 
     def gradients(output):
         return torch.autograd.grad(output.square().sum(), inputs, retain_graph=True, materialize_grads=True)
     if kind == "chameleon":
-        (_, _, tokens), inputs = packed, entered
-        logits = model(tokens)
-        counts = torch.ones_like(tokens[:, 1:])  # even EOI, which follows the last code, must not be seen
+        logits, inputs = model(batch), entered
+        counts = torch.ones_like(batch.tokens[:, :-1])  # even EOI, which follows the last code, must not be seen
     else:
-        tokens, image_id, latents = packed
-        t = torch.rand(len(latents))
-        logits, pred = model(tokens, image_id, latents.requires_grad_(), t.requires_grad_())
-        inputs = [*entered, latents, t]
-        counts = has_lm_loss(tokens)
+        batch.t = torch.rand(len(batch.images)).requires_grad_()
+        batch.images.requires_grad_()
+        logits, pred = model(batch)
+        inputs = [*entered, batch.images, batch.t]
+        counts = batch.targets != NO_LOSS
 
-    begins = (tokens[0] == BOI).nonzero()[:, 0]  # of each image
+    begins = (batch.tokens[0] == BOI).nonzero()[:, 0]  # of each image
     n_checked = 0
     for q in counts[0].nonzero()[:, 0].tolist():
         by_token, *by_image = gradients(logits[0, q])
@@ -445,11 +463,11 @@ def test_every_position_depends_on_exactly_what_the_mask_lets_it_see(kind):
         return entered[0], *args[1:]
     model.transformer.blocks[0].register_forward_pre_hook(keep_input)
     documents = with_images([["a red", IMAGE, "above", IMAGE]], model.cfg)
-    logits, tokens = model.logits(documents)
-    _, image_id, _ = pack(with_images([["a red", IMAGE, "above", IMAGE]], Config()), TOKENIZER, model.cfg)
-    mask = attention_mask(image_id, bidirectional=kind in ("default", "unet"))[0, 0]
-    assert mask.shape == (tokens.shape[1], tokens.shape[1])
-    for q in range(tokens.shape[1]):
+    logits, batch = model.logits(documents)
+    n = batch.tokens.shape[1]
+    mask = attention_mask(batch.image_id, bidirectional=kind in ("default", "unet"))[0, 0]
+    assert mask.shape == (n, n)
+    for q in range(n):
         grad, = torch.autograd.grad(logits[0, q].square().sum(), entered[0], retain_graph=True)
         assert (grad[0].abs().amax(1) > 0).equal(mask[q]), q
 
@@ -458,19 +476,21 @@ def test_padding_and_the_rest_of_the_batch_change_nothing(kind):
     model = tiny(**KINDS[kind])
     documents = with_images([["a", IMAGE], ["a red circle above a blue square.", IMAGE, "a", IMAGE], ["red"],
                              [IMAGE, "a red."]], model.cfg)
-    packed = model.pack(documents)
+    batch = model.pack(documents)
     if kind == "chameleon":
-        logits = model(packed[2])
+        logits = model(batch)
         for row, document in enumerate(documents):
-            alone = model(model.pack([document])[2])[0]
+            alone = model(model.pack([document]))[0]
             torch.testing.assert_close(logits[row, :len(alone)], alone, atol=1e-4, rtol=1e-4)
         return
-    t = torch.rand(4)
-    logits, pred = model(*packed, t)
+    batch.t = torch.rand(4)
+    logits, pred = model(batch)
     n_before = 0  # images in the documents before this one
     for row, document in enumerate(documents):
         mine = slice(n_before, n_before + len(unconditional(document)))
-        alone, alone_pred = model(*model.pack([document]), t[mine])
+        batch_alone = model.pack([document])
+        batch_alone.t = batch.t[mine]
+        alone, alone_pred = model(batch_alone)
         torch.testing.assert_close(logits[row, :alone.shape[1]], alone[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(pred[mine], alone_pred, atol=1e-4, rtol=1e-4)
         n_before = mine.stop
@@ -495,7 +515,9 @@ def test_a_patch_is_decoded_where_it_was_encoded(kind):
     model = tiny(**{**KINDS[kind], "n_layers": 1})
     model.transformer.forward = lambda x, mask: x
     latents = torch.randn(1, 4, 8, 8, requires_grad=True)
-    _, pred = model(*model.pack([[latents.detach()[0]]])[:2], latents, torch.tensor([0.3]))
+    batch = model.pack([[latents.detach()[0]]])
+    batch.images, batch.t = latents, torch.tensor([0.3])
+    _, pred = model(batch)
     pred[0, :, :2, -2:].square().sum().backward()
     is_moved = latents.grad[0].abs().sum(0) > 0
     assert is_moved[:2, -2:].all()
@@ -538,20 +560,20 @@ def test_patches_know_their_position_in_the_image():
         model = tiny(patch_position=patch_position)
         for block in model.transformer.blocks:  # without attention RoPE cannot tell either
             block.attention.wo.weight.zero_()
-        tokens, image_id, same = model.pack([[torch.ones(4, 8, 8)]])
-        pred = patchify(model(tokens, image_id, same, torch.zeros(1))[1], model.cfg.patch_size)
+        _, pred = model(model.pack([[torch.ones(4, 8, 8)]]))
+        pred = patchify(pred, model.cfg.patch_size)
         predictions[patch_position] = (pred[0, 1:] - pred[0, 0]).abs().amax(1)
     assert predictions[True].min() > 1e-3 and predictions[False].max() < 1e-5
 
 # ---- The loss ------------------------------------------------------------------------------------
 
 def times_of(documents, **options):
-    """The times at which model.loss noises the images of these documents, in reading order."""
+    """The times to which the images of these documents are noised in training, in reading order."""
     model = tiny(**options)
     calls = spy_on_forward(model)
-    model.loss(with_images(documents, model.cfg))
-    [((tokens, image_id, xt, t), _)] = calls
-    return t
+    loss_of(model, with_images(documents, model.cfg))
+    [((batch,), _)] = calls
+    return batch.t
 
 @pytest.mark.parametrize("t_power", [1.0, 2.0])
 def test_an_image_that_opens_its_document_and_is_followed_by_something_is_noised_up_to_the_cap(t_power):
@@ -584,7 +606,8 @@ def test_a_cap_of_one_is_no_cap_and_a_cap_of_zero_keeps_images_clean():
 
 def loss_by_hand(model, documents, call):
     """(LM loss, diffusion loss, implied noise), from what one call of forward received and gave."""
-    (tokens, image_id, xt, t), (logits, pred) = call
+    (batch,), (logits, pred) = call
+    tokens, xt, t = batch.tokens, batch.images, batch.t
     log_p, losses = logits.log_softmax(-1), []
     for row, document in enumerate(documents):
         ids = [BOS]
@@ -610,7 +633,7 @@ def test_the_joint_loss_equals_one_computed_by_hand(kind, target, noise_cap):
     documents = with_images([["a red circle above a blue square.", IMAGE], [IMAGE, "a", IMAGE], ["a"],
                              [IMAGE], [IMAGE, "a dog."]], model.cfg)
     calls = spy_on_forward(model)
-    loss, loss_lm, loss_ddpm = model.loss(documents)
+    loss, loss_lm, loss_ddpm = loss_of(model, documents)
     assert len(calls) == 1
     expected_lm, expected_ddpm, eps = loss_by_hand(model, documents, calls[0])
     torch.testing.assert_close(loss_lm, expected_lm, atol=1e-4, rtol=1e-4)
@@ -630,7 +653,7 @@ def test_the_losses_and_gradients_of_all_parts_add_up_to_those_of_the_batch(kind
     def losses_and_gradient(part, n_parts):
         torch.manual_seed(3)
         model.zero_grad()
-        losses = torch.stack(model.loss(documents, part, n_parts))
+        losses = torch.stack(model.loss(micro_batch(model.training_batch(documents), part, n_parts)))
         losses[0].backward()
         gradient = [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()]
         return losses.detach(), torch.cat(gradient)
@@ -650,7 +673,7 @@ def test_in_bf16_the_loss_is_nearly_the_same_and_trains(kind):
     for enabled in (False, True):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss, *_ = model.loss(documents)
+            loss, *_ = loss_of(model, documents)
         losses.append(loss.item())
     loss.backward()
     assert losses[1] == pytest.approx(losses[0], rel=0.1) and losses[0] != losses[1]
@@ -660,24 +683,24 @@ def test_noise_and_times_are_drawn_anew_for_each_batch():
     model = tiny()
     documents = with_images([["a", IMAGE]], model.cfg)
     calls = spy_on_forward(model)
-    model.loss(documents), model.loss(documents)
-    (first, _), (second, _) = calls
-    assert first[3] != second[3] and not first[2].equal(second[2])
+    loss_of(model, documents), loss_of(model, documents)
+    ((first,), _), ((second,), _) = calls
+    assert first.t != second.t and not first.images.equal(second.images)
 
 def test_clean_images_alone_have_no_diffusion_loss():
     model = tiny(noise_cap=0.0)
-    loss, loss_lm, loss_ddpm = model.loss(with_images([[IMAGE, "a"]], model.cfg))
+    loss, loss_lm, loss_ddpm = loss_of(model, with_images([[IMAGE, "a"]], model.cfg))
     assert loss == loss_lm > 0 and loss_ddpm == 0
 
 def test_without_instruction_loss_the_instruction_costs_nothing():
     documents = with_images([[IMAGE, "red.", IMAGE]], Config())
     model = tiny(instruction_loss=False)
     calls = spy_on_forward(model)
-    _, loss_lm, _ = model.loss(documents)
-    (tokens, *_), (logits, _) = calls[0]
+    _, loss_lm, _ = loss_of(model, documents)
+    (batch,), (logits, _) = calls[0]
     log_p, n = logits[0].log_softmax(-1), model.cfg.n_patches
     full_stop = n + 4  # after BOS BOI patches EOI red
-    assert tokens[0, full_stop:full_stop + 2].tolist() == [TOKENIZER.encode("red.")[1], BOI]
+    assert batch.tokens[0, full_stop:full_stop + 2].tolist() == [TOKENIZER.encode("red.")[1], BOI]
     end = 2 * n + 6
     by_hand = -(log_p[0, BOI] + log_p[full_stop, BOI] + log_p[end, EOS]) / 3
     torch.testing.assert_close(loss_lm, by_hand)
@@ -685,7 +708,7 @@ def test_without_instruction_loss_the_instruction_costs_nothing():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_text_alone_trains_and_generates(kind):
     model = tiny(**KINDS[kind]).requires_grad_(True)
-    loss, loss_text, loss_image = model.loss([["a red circle."], ["a"]])
+    loss, loss_text, loss_image = loss_of(model, [["a red circle."], ["a"]])
     loss.backward()
     assert loss.item() == pytest.approx(loss_text.item(), rel=1e-2) and loss_text > 0 and loss_image == 0
     grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -709,7 +732,7 @@ def test_one_batch_is_overfitted(switch):
     documents = with_images([["a red circle.", IMAGE], [IMAGE, "a blue square."]], cfg) * 4
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=6e-3), []
     for _ in range(70):
-        loss, *parts = model.loss(documents)
+        loss, *parts = loss_of(model, documents)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -742,9 +765,9 @@ def test_the_next_token_is_text_or_the_begin_of_an_image_or_the_end_and_nothing_
     logits_of = model.logits
     for forbidden in [PAD, BOS, EOI, PATCH, *range(len(TOKENIZER), model.lm_head.out_features, 100)]:
         def certain(*args, forbidden=forbidden, **named):
-            logits, tokens = logits_of(*args, **named)
+            logits, batch = logits_of(*args, **named)
             logits[..., forbidden] += 1e6
-            return logits, tokens
+            return logits, batch
         model.logits = certain
         assert set(next_tokens(model, documents, temperature=0)) <= allowed
         assert set(next_tokens(model, documents, temperature=1.0)) <= allowed
@@ -777,11 +800,11 @@ def forward_by_hand(model, document, t=0.0, is_drawing=False):
     end = len(tokens) - is_drawing
     tokens, image_id = torch.tensor([tokens[:end]]), torch.tensor([image_id[:end]])
     if is_chameleon:
-        return model(tokens)[0, -1], None
+        return model(Batch(tokens, None, image_id, None, None, None))[0, -1], None
     latents, times = torch.zeros(0, *model.cfg.latent_shape), torch.zeros(len(images))
     if images:
         latents, times[-1] = torch.stack(images), t
-    logits, pred = model(tokens, image_id, latents, times)
+    logits, pred = model(Batch(tokens, None, image_id, latents, times, None))
     return logits[0, -1], pred[-1:]
 
 def guided_by_hand(model, document, t, guidance_scale):
@@ -971,7 +994,8 @@ def test_images_before_the_one_that_is_drawn_are_seen_clean(guidance_scale, monk
     expected = [[0.0] * 2, *([0.0, t] * 2 for t in times), [0.0] * 4, *([0.0, 0.0, t] * 2 for t in times),
                 [0.0] * 6]
     assert len(calls) == len(expected)
-    for ((_, _, latents, t), _), expected_t in zip(calls, expected):
+    for ((batch,), _), expected_t in zip(calls, expected):
+        latents, t = batch.images, batch.t
         torch.testing.assert_close(t, torch.tensor(expected_t))
         n = len(t) // 2  # images of each document
         assert latents[0].equal(given[0]) and latents[n].equal(given[1])
@@ -986,9 +1010,9 @@ def test_the_log_likelihood_is_the_sum_over_the_tokens(kind, next_token):
     log_p, n_tokens = log_likelihood(model, [[text] for text in texts], next_token)
     for i, text in enumerate(texts):
         ids = [BOS, *TOKENIZER.encode(text)]
-        no_images = [torch.full((1, len(ids)), -1), torch.zeros(0, 4, 8, 8), torch.zeros(0)]
         tokens = torch.tensor([ids])
-        logits = model(tokens)[0] if kind == "chameleon" else model(tokens, *no_images)[0][0]
+        batch = Batch(tokens, None, torch.full_like(tokens, -1), torch.zeros(0, 4, 8, 8), torch.zeros(0), None)
+        logits = model(batch)[0] if kind == "chameleon" else model(batch)[0][0]
         total = sum(logits[q].log_softmax(0)[token] for q, token in enumerate([*ids[1:], next_token]))
         assert n_tokens[i] == len(ids)
         torch.testing.assert_close(log_p[i], total, atol=1e-3, rtol=1e-4)
@@ -1164,27 +1188,27 @@ def test_codes_to_picture_to_codes():
 def test_chameleon_packs_codes_as_tokens():
     model = tiny(model="chameleon")
     codes, n_text = torch.randint(625, (2, 16)), len(TOKENIZER)
-    tokens, image_id, ids = model.pack([["a", codes[0], "red"], ["a red"], [codes[1]]], end=False)
+    batch = model.pack([["a", codes[0], "red"], ["a red"], [codes[1]]], end=False)
     rows = [
         [BOS, *TOKENIZER.encode("a"), BOI, *(n_text + codes[0]).tolist(), EOI, *TOKENIZER.encode("red")],
         [BOS, *TOKENIZER.encode("a red")],
         [BOS, BOI, *(n_text + codes[1]).tolist(), EOI],
     ]
-    assert ids.tolist() == [row + [PAD] * (len(rows[0]) - len(row)) for row in rows]
-    assert tokens.equal(torch.where(ids < n_text, ids, PATCH)) and (image_id >= 0).equal(ids >= n_text)
-    assert model.pack([["a", codes[0]]])[2].tolist() == [[*rows[0][:20], EOS]]
-    assert model.pack([["a"]])[2].tolist() == [[BOS, *TOKENIZER.encode("a"), EOS]]
+    assert batch.tokens.tolist() == [row + [PAD] * (len(rows[0]) - len(row)) for row in rows]
+    assert (batch.image_id >= 0).equal(batch.tokens >= n_text)
+    assert model.pack([["a", codes[0]]]).tokens.tolist() == [[*rows[0][:20], EOS]]
+    assert model.pack([["a"]]).tokens.tolist() == [[BOS, *TOKENIZER.encode("a"), EOS]]
     assert model.lm_head.out_features == n_text + 625
 
 def test_chameleon_has_one_loss_the_mean_over_text_and_codes():
     """BOI predicts the first code, and a code the next one. EOI is appended and never predicted."""
     documents = with_images([["a", IMAGE], [IMAGE, "a red."], ["a"]], Config(model="chameleon"))
     model = tiny(model="chameleon", z_loss=0.0)
-    loss, loss_text, loss_image = model.loss(documents)
+    loss, loss_text, loss_image = loss_of(model, documents)
     text, codes, z = [], [], []
     for document in documents:
-        _, _, tokens = model.pack([document])
-        logits = model(tokens)[0]
+        batch = model.pack([document])
+        tokens, logits = batch.tokens, model(batch)[0]
         for q, target in enumerate(tokens[0, 1:].tolist()):
             if target == EOI:
                 continue
@@ -1194,16 +1218,15 @@ def test_chameleon_has_one_loss_the_mean_over_text_and_codes():
     torch.testing.assert_close(loss_image, torch.stack(codes).mean(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(loss_text, torch.stack(text).mean(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(loss, torch.stack(text + codes).mean(), atol=1e-4, rtol=1e-4)
-    with_z = tiny(model="chameleon", z_loss=0.5).loss(documents)[0]
+    with_z = loss_of(tiny(model="chameleon", z_loss=0.5), documents)[0]
     torch.testing.assert_close(with_z, loss + 0.5 * torch.stack(z).mean(), atol=1e-4, rtol=1e-4)
 
 def test_chameleon_without_instruction_loss_does_not_train_the_instruction():
     documents = with_images([[IMAGE, "red.", IMAGE]], Config(model="chameleon"))
     model = tiny(model="chameleon")
-    with_it = tiny(model="chameleon").loss(documents)
-    without_it = tiny(model="chameleon", instruction_loss=False).loss(documents)
-    _, _, tokens = model.pack(documents)
-    log_p = model(tokens)[0].log_softmax(-1)
+    with_it = loss_of(model, documents)
+    without_it = loss_of(tiny(model="chameleon", instruction_loss=False), documents)
+    tokens, log_p = model.pack(documents).tokens, model(model.pack(documents))[0].log_softmax(-1)
     assert tokens[0, 19:21].tolist() == TOKENIZER.encode("red.")
     rest = [(0, BOI), (20, BOI), (38, EOS)]  # at BOS, at "." and at the last EOI
     torch.testing.assert_close(without_it[1], -sum(log_p[q, token] for q, token in rest) / 3)
