@@ -28,23 +28,24 @@ variance 1. Three documents as the model sees them in training, with images of t
         predicts  BOI  -    -      -      make it    green  .      BOI  -    -      -      EOS  -
         t                   t1     t1                                        t2     t2
 
-"predicts" is the token that the LM loss asks for at that position; "-" means no LM loss. BOI is
-followed by a patch, and a patch by another, or by the EOI that `pack` appends after the N patches
-of an image: none of these has to be predicted. At a patch, the output of the transformer is used to
-denoise that same patch, not the next one. (An instruction, like "make it green.", can be excluded
-from the LM loss, because a user writes it, not the model.)
+"predicts" is the token that the LM loss asks for at that position; "-" means no LM loss. After BOI
+always come the N patches of the image, and then EOI. `pack` puts them there, so the model does not
+have to predict them. At a patch, the output of the transformer is used to denoise that same patch,
+not the next one. (An instruction, like "make it green.", can be excluded from the LM loss, because
+a user writes it, not the model.)
 
-"t" is the noise level of an image, from 0 (clean) to 1 (pure noise). Every image has its own. The
-text after an image, and a second image, attend to the noised image, and nobody can caption or edit
-pure noise. So the first image of the second and of the third document has a t of at most 0.5, the
-noise cap. All other images can have any t up to 1: the model must learn to draw them from pure
-noise. It must also learn to draw without text, for guidance, so some training documents have their
+"t" is the noise level of an image, from 0 (clean) to 1 (pure noise). Every image has its own. An
+image that opens a document and has something after it gets a t of at most 0.5, the noise cap. What
+comes after it attends to the noised image, and pure noise cannot be captioned or edited. Every
+other image can have any t up to 1, because the model must learn to draw it from pure noise.
+
+For guidance, the model must also learn to draw without text. So some training documents have their
 text removed: [text, image] becomes [image].
 
 The method ends with the section "Generation". After it come the tokenizer, the VAE, U-Net patches
-(the paper's alternative to linear ones), and the baseline, Chameleon. `DEVIATION:` marks what
-differs from the paper, with the option that restores it if there is one. `NOT STATED:` marks what
-the paper leaves open.
+(the paper's alternative to linear ones), the baseline Chameleon, and micro-batches. `DEVIATION:`
+marks what differs from the paper, with the option that restores it if there is one. `NOT STATED:`
+marks what the paper leaves open.
 
 Shapes: B documents, T positions, M images in the batch, C x H x W latents (by default 4 x 8 x 8),
 N patches per image (4 x 4 = 16), P numbers per patch (4 x 2 x 2 = 16), D width of the transformer
@@ -60,7 +61,6 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 # ---- Configuration -------------------------------------------------------------------------------
 
@@ -118,50 +118,43 @@ class Batch:
     images: torch.Tensor  # (M, C, H, W): in reading order, noised to t
     t: torch.Tensor  # (M,): the noise level of each image
     image_targets: torch.Tensor  # (M, C, H, W): what the model has to predict for each image
-    n_text_losses: torch.Tensor = None  # in training: how many positions have an LM loss,
-    n_image_losses: torch.Tensor = None  # and how many images a diffusion loss?
+    # The denominators of the two losses: how many positions have an LM loss, and how many images a
+    # diffusion loss. They are stored because a micro-batch keeps those of the whole batch.
+    n_text_losses: torch.Tensor = None
+    n_image_losses: torch.Tensor = None
 
 def pack(documents, tokenizer, cfg, device="cpu", end=True):
     """Pack documents, whose parts are str or images (C, H, W). `end` closes each with EOS."""
-    all_tokens, all_targets, all_image_ids, images = [], [], [], []
+    rows, images = [], []
     for document in documents:
-        is_image = [not isinstance(part, str) for part in document]
-        # `targets` has the tokens that must be predicted, at their own positions for now.
-        tokens, targets, image_id = [BOS], [NO_LOSS], [-1]
+        row = [(BOS, False, -1)]  # at each position: the token, is it predicted?, image_id
         for i, part in enumerate(document):
-            if is_image[i]:
-                tokens += [BOI] + [PATCH] * cfg.n_patches + [EOI]
-                targets += [BOI] + [NO_LOSS] * cfg.n_patches + [NO_LOSS]
-                image_id += [-1] + [len(images)] * cfg.n_patches + [-1]
-                images.append(part)
+            if isinstance(part, str):
+                is_predicted = cfg.instruction_loss or not is_instruction(document, i)
+                row += [(token, is_predicted, -1) for token in tokenizer.encode(part)]
             else:
-                text = tokenizer.encode(part)
-                is_instruction = any(is_image[:i]) and any(is_image[i + 1 :])
-                has_loss = cfg.instruction_loss or not is_instruction
-                tokens += text
-                targets += text if has_loss else [NO_LOSS] * len(text)
-                image_id += [-1] * len(text)
+                row.append((BOI, True, -1))
+                row += [(PATCH, False, len(images))] * cfg.n_patches
+                row.append((EOI, False, -1))
+                images.append(part)
         if end:
-            tokens.append(EOS)
-            targets.append(EOS)
-            image_id.append(-1)
-        all_tokens.append(tokens)
-        all_targets.append(targets[1:] + [NO_LOSS])  # each position predicts the token after it
-        all_image_ids.append(image_id)
+            row.append((EOS, True, -1))
+        rows.append(row)
+
+    longest = max(len(row) for row in rows)
+    rows = [row + [(PAD, False, -1)] * (longest - len(row)) for row in rows]
+    tokens, is_predicted, image_id = torch.tensor(rows, device=device).unbind(-1)  # (B, T) each
+    targets = torch.where(is_predicted.bool(), tokens, NO_LOSS)
+    targets = F.pad(targets[:, 1:], (0, 1), value=NO_LOSS)  # a position predicts the token after it
     images = torch.stack(images) if images else torch.zeros(0, *cfg.latent_shape)
     images = images.to(device)
-    return Batch(
-        tokens=pad(all_tokens, PAD).to(device),
-        targets=pad(all_targets, NO_LOSS).to(device),
-        image_id=pad(all_image_ids, -1).to(device),
-        # The images are clean; `training_batch` noises them.
-        images=images, t=torch.zeros(len(images), device=device), image_targets=images,
-    )
+    t = torch.zeros(len(images), device=device)  # clean, until `training_batch` adds noise
+    return Batch(tokens, targets, image_id, images, t, image_targets=images)
 
-def pad(rows, value):
-    """Lists of numbers of different lengths -> (rows, longest), with `value` on the right."""
-    rows = [torch.tensor(row) for row in rows]
-    return pad_sequence(rows, batch_first=True, padding_value=value)
+def is_instruction(document, i):
+    """Is part i of a document a text between two images?"""
+    is_image = [not isinstance(part, str) for part in document]
+    return any(is_image[:i]) and any(is_image[i + 1 :])
 
 def attention_mask(image_id, bidirectional=True):
     """Section 3, "Transfusion attention": may the query (row) see the key (column)?
@@ -187,10 +180,14 @@ def alpha_bar(t):
     """
     return torch.cos(t * math.pi / 2).square().clamp(1e-6, 1 - 1e-6)[:, None, None, None]
 
+def signal_and_noise(t):
+    """The scales a and s in x_t = a x0 + s eps, both (M, 1, 1, 1). The sum a^2 + s^2 is 1."""
+    return alpha_bar(t).sqrt(), (1 - alpha_bar(t)).sqrt()
+
 def q_sample(x0, eps, t):
     """Section 2.2: add noise eps ~ N(0, 1) to images x0, both (M, C, H, W), for times t (M,)."""
-    ab = alpha_bar(t)
-    return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
+    a, s = signal_and_noise(t)
+    return a * x0 + s * eps
 
 def diffusion_target(x0, eps, t, target):
     """What the model has to predict from x_t: the noise eps, the image x0, or the mixture v
@@ -201,39 +198,40 @@ def diffusion_target(x0, eps, t, target):
     text decides what is drawn. There x_t is almost equal to eps, so a model can predict eps without
     reading the text. It cannot predict x0 without it.
     """
-    ab = alpha_bar(t)
+    a, s = signal_and_noise(t)
     if target == "eps":
         return eps
     if target == "v":
-        return ab.sqrt() * eps - (1 - ab).sqrt() * x0
+        return a * eps - s * x0
     return x0
 
 def predicted_x0(xt, pred, t, target):
-    """Solve x_t = sqrt(ab) x0 + sqrt(1 - ab) eps for x0, given the prediction of eps, v or x0."""
-    ab = alpha_bar(t)
+    """Solve x_t = a x0 + s eps for x0, given the prediction of eps, v or x0."""
+    a, s = signal_and_noise(t)
     if target == "eps":
-        return (xt - (1 - ab).sqrt() * pred) / ab.sqrt()
-    if target == "v":  # with x_t and v written out, eps cancels: ab x0 + (1 - ab) x0 is left
-        return ab.sqrt() * xt - (1 - ab).sqrt() * pred
+        return (xt - s * pred) / a
+    if target == "v":  # a x_t - s v = (a^2 + s^2) x0, and a^2 + s^2 = 1
+        return a * xt - s * pred
     return pred
 
 def p_sample(xt, pred, t, t_next, target, eta=0.0):
     """One denoising step, from t to t_next < t, each (M,) or (1,).
 
-    The prediction implies x0 and eps, and x0 is noised again, but only to t_next. With eta = 0 the
-    noise is the same eps: DDIM, the default. With eta > 0, a share of its variance is replaced by
-    that of fresh noise. With eta = 1 this is DDPM's ancestral sampler. (DDIM, arXiv 2010.02502,
-    equations 12 and 16: their sigma^2 is our fresh * (1 - ab_next).)
+    The prediction implies x0 and eps. The step noises x0 again, but only to t_next: with the same
+    eps (eta = 0: DDIM, arXiv 2010.02502, the default), or with some of it replaced by fresh noise.
+    With eta = 1 this is the ancestral sampler of DDPM.
 
     NOT STATED: which sampler the paper uses. DEVIATION: the paper takes 250 steps, and 25 to 50
     steps of DDIM are enough here (250 steps of DDPM: sample.py --steps 250 --eta 1).
     """
-    ab, ab_next = alpha_bar(t), alpha_bar(t_next)
+    a, s = signal_and_noise(t)
     x0 = predicted_x0(xt, pred, t, target)
-    x0 = x0.clamp(-5, 5)  # latents have variance 1, but x0 from eps is divided by a tiny sqrt(ab)
-    eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()
-    fresh = eta**2 * (1 - ab / ab_next) / (1 - ab)  # the share of fresh noise
-    eps = (1 - fresh).clamp(min=0).sqrt() * eps + fresh.sqrt() * torch.randn_like(xt)
+    x0 = x0.clamp(-5, 5)  # latents have variance 1, but x0 from eps is divided by a tiny a
+    eps = (xt - a * x0) / s  # so that x0 and eps still add up to x_t
+    # The share of fresh noise in the variance of the noise, from equation 16 of DDIM.
+    fresh = eta**2 * (1 - alpha_bar(t) / alpha_bar(t_next)) / (1 - alpha_bar(t))
+    fresh = fresh.clamp(max=1)  # rounding can make it a little larger
+    eps = (1 - fresh).sqrt() * eps + fresh.sqrt() * torch.randn_like(xt)
     return q_sample(x0, eps, t_next)
 
 def training_times(n, t_power, device):
@@ -247,9 +245,9 @@ def training_times(n, t_power, device):
 def sampling_times(steps, t_power):
     """The noise levels that denoising visits, from 1 to 0: (steps + 1,).
 
-    NOT STATED: their spacing. Here they are close together where those of training are. With
-    t_power = 3, 50 steps are 1, 0.993, ..., 0.27, 0. The last step is a long one, but at t = 0.27
-    an image has little noise left: alpha_bar is 0.83.
+    NOT STATED: their spacing. Here they are the quantiles of the t in training. With t_power = 3,
+    50 steps are 1, 0.993, ..., 0.27, 0. The last step is a long one, but at t = 0.27 an image has
+    little noise left: alpha_bar is 0.83.
     """
     return torch.linspace(1, 0, steps + 1) ** (1 / t_power)
 
@@ -261,9 +259,9 @@ def guide(with_text, without_text, guidance_scale):
     """Classifier-free guidance: move a prediction further away from what it is without the text.
 
     `without_text` is the prediction for the same x_t in the unconditional document. A scale of 1
-    is no guidance. For the model to learn such predictions, train.py makes a random tenth of the
-    training documents with text before an image unconditional (--unconditional-share). They are
-    trained like any other document. NOT STATED: that share. DEVIATION: a scale of 2, where the
+    is no guidance. For the model to learn such predictions, train.py takes the documents that have
+    text before an image, and makes a random tenth of them unconditional (--unconditional-share).
+    They are trained like any others. NOT STATED: that share. DEVIATION: a scale of 2, where the
     paper has 3 or 5 (--guidance-scale).
     """
     return without_text + guidance_scale * (with_text - without_text)
@@ -383,9 +381,8 @@ class TimeEmbedding(nn.Module):
 class LinearPatchEncoder(nn.Module):
     """Section 3: add the embedding of t (P numbers) to every patch, then apply one linear layer.
 
-    With this encoder, t enters the model only here. An encoder returns the embeddings of the
-    patches, and what goes directly to the decoder, past the transformer: here nothing, in a U-Net
-    its skip connections.
+    With this encoder, t enters the model only here. It returns (embeddings of the patches, None).
+    In place of None, a U-Net returns its skip connections, which go directly to the decoder.
     """
 
     def __init__(self, cfg):
@@ -445,7 +442,7 @@ class Transfusion(nn.Module):
             self.patch_encoder = LinearPatchEncoder(cfg)
             self.patch_decoder = LinearPatchDecoder(cfg)
         init_matrices(self, cfg.n_layers)
-        if cfg.patch_encoder == "unet":  # the U-Net has PyTorch's own initialisation
+        if cfg.patch_encoder == "unet":  # made after init_matrices: it has PyTorch's own init
             self.patch_encoder = UNetDown(cfg)
             self.patch_decoder = UNetUp(cfg)
 
@@ -459,8 +456,8 @@ class Transfusion(nn.Module):
         x = self.token_embedding(batch.tokens)  # (B, T, D)
         patches, skip = self.patch_encoder(batch.images, batch.t)
         patches = patches + self.patch_position  # (M, N, D)
-        # The patches replace the embeddings of PATCH. Boolean indexing goes through the batch in
-        # reading order, and images are in that order.
+        # The patches replace the embeddings of PATCH. Row by row, the True positions of is_patch
+        # are the patches of images[0], images[1], ... (.to() matters under autocast.)
         x[is_patch] = patches.flatten(0, 1).to(x.dtype)
         x = self.transformer(x, attention_mask(batch.image_id, self.cfg.bidirectional))
         logits = self.lm_head(x)
@@ -487,7 +484,8 @@ class Transfusion(nn.Module):
         batch.image_targets = diffusion_target(x0, eps, batch.t, self.cfg.target)
 
         batch.n_text_losses = (batch.targets != NO_LOSS).sum()
-        batch.n_image_losses = (batch.t > 0).sum()  # with noise_cap = 0, capped images are clean
+        # All images have a diffusion loss, except that with noise_cap = 0 capped images are clean.
+        batch.n_image_losses = (batch.t > 0).sum()
         return batch
 
     def loss(self, batch):
@@ -497,7 +495,7 @@ class Transfusion(nn.Module):
         """
         logits, pred = self(batch)
 
-        # LM loss: the mean over all positions of the batch that have to predict a token.
+        # LM loss: the mean over all positions that have to predict a token.
         loss_lm = next_token_losses(logits, batch.targets).sum() / batch.n_text_losses.clamp(min=1)
 
         # Diffusion loss: the mean squared error of each image, then the mean over noised images.
@@ -509,8 +507,8 @@ class Transfusion(nn.Module):
     def logits(self, documents, end=True):
         """Next-token logits (B, T, V) of documents with clean images, and the documents' Batch.
 
-        NOT STATED: the t of finished images. Here it is 0. In training they are noised: at most to
-        noise_cap if they open the document, and otherwise to any t.
+        NOT STATED: the t of images that are given, or already drawn. Here it is 0. In training
+        they are noised: at most to noise_cap if they open the document, and otherwise to any t.
         """
         batch = self.pack(documents, end)
         logits, _ = self(batch)
@@ -520,10 +518,11 @@ class Transfusion(nn.Module):
         """Documents end with an image that is being denoised: x_t, with one t for all. The images
         before it are clean. Returns the prediction (B, C, H, W) for x_t.
         """
-        # end=False leaves out EOS only. EOI is there already, but no patch can see it.
+        # The EOI after x_t is packed already. It does no harm, because no patch can see it.
         batch = self.pack(documents, end=False)
-        last = batch.image_id.amax(1)  # the indices of these images are the largest of each row
-        batch.t[last] = t
+        # Images are numbered in reading order, so the last one of a row has its largest image_id.
+        last = batch.image_id.amax(1)
+        batch.t[last] = t  # all other images keep t = 0
         _, pred = self(batch)
         return pred[last]
 
@@ -542,7 +541,7 @@ class Transfusion(nn.Module):
         for t, t_next in pairwise(sampling_times(steps, self.cfg.t_power).to(device)):
             pred = self.predict_last_image(documents, t)
             if guidance_scale != 1:
-                without_text = [unconditional(document) for document in documents]  # but with x_t
+                without_text = [unconditional(document) for document in documents]  # x_t stays
                 pred = guide(pred, self.predict_last_image(without_text, t), guidance_scale)
             xt = p_sample(xt, pred, t[None], t_next[None], self.cfg.target, eta)
             for document, image in zip(documents, xt):
@@ -569,8 +568,8 @@ def sample_tokens(logits, temperature):
 def append_token(document, token, tokenizer):
     """Append a text token to a document, in place.
 
-    Documents hold text, not tokens: the token is decoded here, and `pack` encodes the text again.
-    (The tokens are then the same, unless the model has spelled a known word byte by byte.)
+    Documents hold text, as in training, so the token is decoded here, and `pack` encodes the text
+    again. (The tokens are then the same if they are those that `encode` makes of this text.)
     """
     if document and isinstance(document[-1], str):
         document[-1] = tokenizer.decode(tokenizer.encode(document[-1]) + [token])
@@ -579,7 +578,8 @@ def append_token(document, token, tokenizer):
 
 def write(model, documents, max_tokens, temperature, show):
     """LM mode: append text to documents, in place, until each predicts BOI or EOS, or has written
-    max_tokens. Returns the documents that predicted BOI. Calls show() after every token.
+    max_tokens. Returns those that predicted BOI; all others have ended. Calls show() after every
+    token.
     """
     wants_image = []
     for _ in range(max_tokens):
@@ -593,7 +593,7 @@ def write(model, documents, max_tokens, temperature, show):
             elif token != EOS:
                 append_token(document, token, model.tokenizer)
                 still_writing.append(document)
-        documents = still_writing  # without those that end here, and those that want an image
+        documents = still_writing
         show()
     return wants_image
 
@@ -612,7 +612,7 @@ def generate(
     """
     documents = [list(document) for document in documents]  # copies, which grow below
     show_all = partial(show, documents)  # show_all() is show(documents)
-    active = documents  # those that have not ended; each has drawn the same number of images
+    active = documents  # those that have not ended; they all draw at the same time
     while True:
         active = write(model, active, max_tokens, temperature, show_all)
         if not active or max_images == 0:
@@ -830,7 +830,7 @@ class QuantisedVAE(VAE):
         self.normalise = nn.BatchNorm2d(cfg.code_dim, affine=False)
         levels = torch.arange(cfg.code_levels) - (cfg.code_levels - 1) / 2  # five: -2, -1, 0, 1, 2
         points = torch.cartesian_prod(*[levels] * cfg.code_dim).view(-1, cfg.code_dim)
-        points = points.flip(1)  # number them like digits, the first entry being the lowest digit
+        points = points.flip(1)  # only changes which index a point has
         self.register_buffer("codebook", points)  # (codes, code_dim)
 
     def quantise(self, pictures):
@@ -888,14 +888,14 @@ class Chameleon(nn.Module):
         return self.lm_head(self.transformer(self.token_embedding(batch.tokens), mask))
 
     def pack(self, documents, end=True):
-        """Documents of str and codes (N,) -> a Batch with the ids of the codes in place of PATCH."""
+        """Pack documents of str and codes (N,), with the ids of the codes in place of PATCH."""
         batch = pack(documents, self.tokenizer, self.cfg, self.lm_head.weight.device, end)
         # Without images, batch.images is an empty tensor of floats, so .long() is needed.
         batch.tokens[batch.image_id >= 0] = len(self.tokenizer) + batch.images.flatten().long()
         return batch
 
     def training_batch(self, documents):
-        """The same with more targets: unlike patches, codes are predicted, by the token before."""
+        """Pack documents. Each code becomes the target of the position before it."""
         batch = self.pack(documents)
         batch.n_text_losses = (batch.targets != NO_LOSS).sum()
         next_is_code = batch.image_id[:, 1:] >= 0
@@ -948,7 +948,7 @@ class Chameleon(nn.Module):
                 logits_without = self.predict_last_image(without_text)[:, n]
                 logits = guide(logits, logits_without, guidance_scale)
             codes[:, n] = sample_tokens(logits, temperature=1.0)
-            for document, image in zip(documents, codes.clone()):  # a new tensor for each step
+            for document, image in zip(documents, codes.clone()):  # a copy, because codes change
                 document[-1] = image
             show()
 
@@ -957,8 +957,9 @@ class Chameleon(nn.Module):
 def micro_batch(batch, i, n):
     """Documents i, i + n, i + 2n, ... of a training batch, and their images.
 
-    Several processes, or the steps of gradient accumulation, run one micro-batch each. Its number
-    of losses stays that of the whole batch, so the losses of all micro-batches add up to its loss.
+    Several processes, or the steps of gradient accumulation, run one micro-batch each. The
+    denominators stay those of the whole batch, so the losses of all micro-batches add up to the
+    loss of the batch. (image_id stays too: the model only asks which positions have the same.)
     """
     document = (batch.tokens == BOI).nonzero()[:, 0]  # each image has one BOI: whose is it? (M,)
     own = document % n == i
