@@ -5,13 +5,15 @@ arXiv 2408.11039.
 
 Text and images share one sequence. Text is a run of discrete tokens, trained with next-token
 prediction. An image is a run of continuous vectors, the patches of its VAE latents, trained with
-diffusion. BOI (begin of image) and EOI (end of image) mark where an image begins and ends.
-Attention is causal, except that the patches of one image all see each other. To generate, the
-model writes text until it predicts BOI; then it denoises an image, and goes on writing.
+diffusion. BOI (beginning of image) and EOI (end of image) surround it. Attention is causal, except
+that the patches of one image all see each other. To generate, the model writes text until it
+predicts BOI; then it denoises an image and carries on with text.
 
-A document is a Python list of parts in reading order. A part is a str or an image. In this file a
-picture is pixels, and an image is the latents that a VAE makes of it, normalised to mean 0 and
-variance 1. Three documents as the model sees them in training, with images of two patches:
+A document is a Python list of parts in reading order. A part is a str or an image. In this file
+"picture" means pixels, and "image" means the VAE latents of a picture, normalised to mean 0 and
+variance 1. This is how the model sees three documents in training, with images of two patches. (A
+document may also be text alone.) The row "predicts" shows the target of the LM loss at each
+position, and "-" where there is none. The row "t" shows the noise level of each image.
 
     ["a red circle.", image]        draw what a caption says
         input     BOS  a    red     circle  .    BOI  patch  patch  EOI  EOS
@@ -28,24 +30,29 @@ variance 1. Three documents as the model sees them in training, with images of t
         predicts  BOI  -    -      -      make it    green  .      BOI  -    -      -      EOS  -
         t                   t1     t1                                        t2     t2
 
-"predicts" is the token that the LM loss asks for at that position; "-" means no LM loss. After BOI
-always come the N patches of the image, and then EOI. `pack` puts them there, so the model does not
-have to predict them. At a patch, the output of the transformer is used to denoise that same patch,
-not the next one. (An instruction, like "make it green.", can be excluded from the LM loss, because
-a user writes it, not the model.)
+BOI is always followed by the N patches of the image and then EOI. `pack` inserts them, so the model
+does not have to predict them. At a patch, the output of the transformer is used to denoise that
+same patch, not the next one. (`train.py --task edit` also excludes the instruction from the LM
+loss, because it is written by the user, not the model.)
 
-"t" is the noise level of an image, from 0 (clean) to 1 (pure noise). Every image has its own. An
-image that opens a document and has something after it gets a t of at most 0.5, the noise cap. What
-comes after it attends to the noised image, and pure noise cannot be captioned or edited. Every
-other image can have any t up to 1, because the model must learn to draw it from pure noise.
+Each image has its own noise level t, from 0 (clean) to 1 (pure noise), and every noised image has a
+diffusion loss. An image that comes first, with something after it, is there to be read: there is
+nothing in pure noise to caption or edit. So its t is at most 0.5, the noise cap. All other images
+are there to be drawn, which starts from pure noise, so they can have any t up to 1. (If text
+follows such an image, it is sometimes trained after pure noise.)
 
-For guidance, the model must also learn to draw without text. So some training documents have their
-text removed: [text, image] becomes [image].
+For classifier-free guidance, the model must also learn to draw without text. So train.py removes
+the text from some of the documents: [text, image] becomes [image].
 
-The method ends with the section "Generation". After it come the tokenizer, the VAE, U-Net patches
-(the paper's alternative to linear ones), the baseline Chameleon, and micro-batches. `DEVIATION:`
-marks what differs from the paper, with the option that restores it if there is one. `NOT STATED:`
-marks what the paper leaves open.
+In code, one training step and one generation, with latents (C, H, W) for images:
+
+    loss, loss_lm, loss_ddpm = model.loss(model.training_batch(documents))
+    documents = generate(model, [["a red circle."]])
+
+The section "Generation" completes the method. The rest of the file contains the tokenizer, the VAE,
+U-Net patches (the paper's alternative to linear ones), the baseline Chameleon, and micro-batches.
+`DEVIATION:` marks a difference from the paper, and names the option (if any) that restores the
+paper's choice. `NOT STATED:` marks what the paper leaves open.
 
 Shapes: B documents, T positions, M images in the batch, C x H x W latents (by default 4 x 8 x 8),
 N patches per image (4 x 4 = 16), P numbers per patch (4 x 2 x 2 = 16), D width of the transformer
@@ -68,7 +75,7 @@ from torch import nn
 class Config:
     """Every field is an option of train.py, and the comment beside it is its help text.
 
-    Skim them at first: each is explained where it is used.
+    Skim them for now: each is explained where it is used.
     """
     model: str = "transfusion"  # or chameleon, the baseline with discrete images
     dim: int = 96  # width of the transformer
@@ -78,12 +85,12 @@ class Config:
     qk_norm: bool = True  # normalise queries and keys; Chameleon always does
     bidirectional: bool = True  # the patches of an image see each other; off: causal attention only
     target: str = "x0"  # what the model predicts from a noised image: eps, v or x0
-    t_power: float = 3.0  # distribution of t in training: 1 is uniform, more favours noisier images
+    t_power: float = 3.0  # of training times t: 1 is uniform, higher values favour noisier images
     patch_encoder: str = "linear"  # between latents and transformer: linear or unet
     unet_dim: int = 32  # channels of the U-Net at full resolution, doubled at each halving
-    patch_position: bool = True  # learned embedding of the position of a patch in its image
+    patch_position: bool = True  # learned embedding of each patch's position in its image
     lambda_ddpm: float = 5.0  # weight of the diffusion loss, as in the paper
-    noise_cap: float = 0.5  # largest t in training of an image that opens a longer document
+    noise_cap: float = 0.5  # largest training t of an image that comes first in a longer document
     instruction_loss: bool = True  # LM loss on text between two images; --task edit turns it off
     image_size: int = 32  # pixels per side of a picture
     latent_size: int = 8  # latents per side of an image
@@ -91,8 +98,8 @@ class Config:
     patch_size: int = 2  # latents per side of a patch
     vae_dim: int = 24  # channels of the VAE at half the resolution of the picture
     vae_kl: float = 1e-3  # weight of the VAE's KL loss
-    code_dim: int = 4  # Chameleon: entries of the vector behind a code
-    code_levels: int = 5  # Chameleon: values that each entry can take
+    code_dim: int = 4  # Chameleon: length of each codebook vector
+    code_levels: int = 5  # Chameleon: values that each of its entries can take
     z_loss: float = 1e-5  # Chameleon: weight of log(Z)^2, with Z the denominator of the softmax
 
     def __post_init__(self):
@@ -105,7 +112,7 @@ class Config:
 
 SPECIAL_TOKENS = ["PAD", "BOS", "EOS", "BOI", "EOI", "PATCH"]
 PAD, BOS, EOS, BOI, EOI, PATCH = range(len(SPECIAL_TOKENS))
-N_SPECIAL = len(SPECIAL_TOKENS)  # token ids from here on are text
+N_SPECIAL = len(SPECIAL_TOKENS)  # ids from here up are text tokens
 
 NO_LOSS = -100  # the "-" of the tables above; F.cross_entropy ignores it
 
@@ -115,19 +122,19 @@ class Batch:
     tokens: torch.Tensor  # (B, T) int64: token ids; PATCH stands for a patch; PAD is on the right
     targets: torch.Tensor  # (B, T) int64: the token that each position has to predict, or NO_LOSS
     image_id: torch.Tensor  # (B, T) int64: for a patch, the index of its image; elsewhere -1
-    images: torch.Tensor  # (M, C, H, W): in reading order, noised to t
+    images: torch.Tensor  # (M, C, H, W): in reading order, noised to t (Chameleon: codes (M, N))
     t: torch.Tensor  # (M,): the noise level of each image
     image_targets: torch.Tensor  # (M, C, H, W): what the model has to predict for each image
-    # The denominators of the two losses: how many positions have an LM loss, and how many images a
-    # diffusion loss. They are stored because a micro-batch keeps those of the whole batch.
+    # The denominators of the two losses: the number of positions with an LM loss, and of images
+    # with a diffusion loss. They are stored because a micro-batch keeps those of the whole batch.
     n_text_losses: torch.Tensor = None
     n_image_losses: torch.Tensor = None
 
 def pack(documents, tokenizer, cfg, device="cpu", end=True):
-    """Pack documents, whose parts are str or images (C, H, W). `end` closes each with EOS."""
+    """Pack documents, whose parts are str or images (C, H, W). If `end`, each ends with EOS."""
     rows, images = [], []
     for document in documents:
-        row = [(BOS, False, -1)]  # at each position: the token, is it predicted?, image_id
+        row = [(BOS, False, -1)]  # for each token: (token, is it predicted?, image_id)
         for i, part in enumerate(document):
             if isinstance(part, str):
                 is_predicted = cfg.instruction_loss or not is_instruction(document, i)
@@ -145,14 +152,15 @@ def pack(documents, tokenizer, cfg, device="cpu", end=True):
     rows = [row + [(PAD, False, -1)] * (longest - len(row)) for row in rows]
     tokens, is_predicted, image_id = torch.tensor(rows, device=device).unbind(-1)  # (B, T) each
     targets = torch.where(is_predicted.bool(), tokens, NO_LOSS)
-    targets = F.pad(targets[:, 1:], (0, 1), value=NO_LOSS)  # a position predicts the token after it
-    images = torch.stack(images) if images else torch.zeros(0, *cfg.latent_shape)
-    images = images.to(device)
-    t = torch.zeros(len(images), device=device)  # clean, until `training_batch` adds noise
+    targets = F.pad(targets[:, 1:], (0, 1), value=NO_LOSS)  # position i predicts token i + 1
+    images = [image.to(device) for image in images]
+    images = torch.stack(images) if images else torch.zeros(0, *cfg.latent_shape, device=device)
+    t = torch.zeros(len(images), device=device)
+    # So far the images are clean. `training_batch` replaces images, t and image_targets.
     return Batch(tokens, targets, image_id, images, t, image_targets=images)
 
 def is_instruction(document, i):
-    """Is part i of a document a text between two images?"""
+    """Is part i of the document text that lies between two images?"""
     is_image = [not isinstance(part, str) for part in document]
     return any(is_image[:i]) and any(is_image[i + 1 :])
 
@@ -160,7 +168,7 @@ def attention_mask(image_id, bidirectional=True):
     """Section 3, "Transfusion attention": may the query (row) see the key (column)?
 
     image_id (B, T) -> bool (B, 1, T, T), the same for all heads. Padding needs no rule of its own:
-    it is on the right, where causality hides it from everything else.
+    it is on the right, so causality already hides it from everything else.
     """
     T = image_id.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=image_id.device).tril()
@@ -172,11 +180,11 @@ def attention_mask(image_id, bidirectional=True):
 # ---- Diffusion -----------------------------------------------------------------------------------
 
 def alpha_bar(t):
-    """The share of signal in the variance of x_t: times (M,) -> (M, 1, 1, 1).
+    """The fraction of the variance of x_t that is signal: times (M,) -> (M, 1, 1, 1).
 
-    Cosine schedule (section 2.2): sqrt(alpha_bar) = cos(t * pi / 2). Our t is continuous, and the
-    paper's step is 1000 t. The bounds avoid divisions by zero. Any other schedule that falls from 1
-    to 0 can take its place, but the defaults of t_power and noise_cap were chosen for this one.
+    Cosine schedule (section 2.2): sqrt(alpha_bar) = cos(t * pi / 2). Our t is continuous; the
+    paper's timestep is 1000 t. The clamp avoids division by zero. Any schedule that falls from 1 to
+    0 would work, but the defaults of t_power and noise_cap were chosen for this one.
     """
     return torch.cos(t * math.pi / 2).square().clamp(1e-6, 1 - 1e-6)[:, None, None, None]
 
@@ -191,12 +199,13 @@ def q_sample(x0, eps, t):
 
 def diffusion_target(x0, eps, t, target):
     """What the model has to predict from x_t: the noise eps, the image x0, or the mixture v
-    (v-prediction, arXiv 2202.00512). x_t and one of them determine the other two.
+    (v-prediction, arXiv 2202.00512). Given x_t, any one of them determines the other two.
 
     DEVIATION: the paper predicts eps (--target eps). With x0, a model of this size learns to draw
-    in far fewer training steps (data/README.md). The reason is what happens near t = 1, where the
-    text decides what is drawn. There x_t is almost equal to eps, so a model can predict eps without
-    reading the text. It cannot predict x0 without it.
+    in far fewer training steps (data/README.md). The reason lies near t = 1, where the text decides
+    what is drawn. There x_t is almost equal to eps, so the model can predict eps well without
+    reading the text. It cannot predict x0 that way. (Since eps = (x_t - a x0) / s, an error in x0
+    is only a / s times as large in eps, and near t = 1 the signal a is almost 0.)
     """
     a, s = signal_and_noise(t)
     if target == "eps":
@@ -217,20 +226,21 @@ def predicted_x0(xt, pred, t, target):
 def p_sample(xt, pred, t, t_next, target, eta=0.0):
     """One denoising step, from t to t_next < t, each (M,) or (1,).
 
-    The prediction implies x0 and eps. The step noises x0 again, but only to t_next: with the same
-    eps (eta = 0: DDIM, arXiv 2010.02502, the default), or with some of it replaced by fresh noise.
-    With eta = 1 this is the ancestral sampler of DDPM.
+    The prediction gives estimates of x0 and eps. We noise x0 again, but only to t_next, and with
+    the same eps: this is DDIM (arXiv 2010.02502), the default. With eta > 0, a part of eps is
+    replaced by fresh noise. With eta = 1 this is the ancestral sampler of DDPM.
 
-    NOT STATED: which sampler the paper uses. DEVIATION: the paper takes 250 steps, and 25 to 50
-    steps of DDIM are enough here (250 steps of DDPM: sample.py --steps 250 --eta 1).
+    NOT STATED: which sampler the paper uses. DEVIATION: the paper takes 250 steps; here 25 to 50
+    DDIM steps are enough (250 steps of DDPM: sample.py --steps 250 --eta 1).
     """
     a, s = signal_and_noise(t)
     x0 = predicted_x0(xt, pred, t, target)
-    x0 = x0.clamp(-5, 5)  # latents have variance 1, but x0 from eps is divided by a tiny a
-    eps = (xt - a * x0) / s  # so that x0 and eps still add up to x_t
-    # The share of fresh noise in the variance of the noise, from equation 16 of DDIM.
-    fresh = eta**2 * (1 - alpha_bar(t) / alpha_bar(t_next)) / (1 - alpha_bar(t))
-    fresh = fresh.clamp(max=1)  # rounding can make it a little larger
+    x0 = x0.clamp(-5, 5)  # for target eps, which was divided by a tiny a if t is near 1
+    eps = (xt - a * x0) / s  # so that a x0 + s eps is still x_t
+    # Equation 16 of DDIM: sigma^2 = eta^2 (1 - ab_next) / (1 - ab) (1 - ab / ab_next). Divided by
+    # 1 - ab_next, the variance of all noise at t_next, it is the fraction that is fresh.
+    ab, ab_next = alpha_bar(t), alpha_bar(t_next)
+    fresh = eta**2 * (1 - ab / ab_next) / (1 - ab)
     eps = (1 - fresh).sqrt() * eps + fresh.sqrt() * torch.randn_like(xt)
     return q_sample(x0, eps, t_next)
 
@@ -238,41 +248,41 @@ def training_times(n, t_power, device):
     """Random noise levels t (n,) for training images.
 
     NOT STATED: their distribution. In DDPM it is uniform (t_power = 1). A larger t_power favours
-    noisy images: with 3, half of all t are above 0.79.
+    noisy images: with 3, half of the times are above 0.79.
     """
     return torch.rand(n, device=device) ** (1 / t_power)
 
 def sampling_times(steps, t_power):
     """The noise levels that denoising visits, from 1 to 0: (steps + 1,).
 
-    NOT STATED: their spacing. Here they are the quantiles of the t in training. With t_power = 3,
-    50 steps are 1, 0.993, ..., 0.27, 0. The last step is a long one, but at t = 0.27 an image has
-    little noise left: alpha_bar is 0.83.
+    NOT STATED: their spacing. Here most of them are near 1, as in training: they are evenly spaced
+    quantiles of the training times. With t_power = 3, 50 steps visit 1, 0.993, ..., 0.27, 0.
     """
     return torch.linspace(1, 0, steps + 1) ** (1 / t_power)
 
 def unconditional(document):
-    """The document without its text: [text, image] becomes [image], and an edit [image, image]."""
+    """The document without its text. Of an edit, both images stay."""
     return [part for part in document if not isinstance(part, str)]
 
 def guide(with_text, without_text, guidance_scale):
-    """Classifier-free guidance: move a prediction further away from what it is without the text.
+    """Classifier-free guidance: push the prediction away from the one made without the text.
 
-    `without_text` is the prediction for the same x_t in the unconditional document. A scale of 1
-    is no guidance. For the model to learn such predictions, train.py takes the documents that have
-    text before an image, and makes a random tenth of them unconditional (--unconditional-share).
-    They are trained like any others. NOT STATED: that share. DEVIATION: a scale of 2, where the
-    paper has 3 or 5 (--guidance-scale).
+    `without_text` is the prediction for the same x_t in the unconditional document. A scale of 1 is
+    no guidance. Guiding x0 or v amounts to guiding eps: given x_t, they determine each other by a
+    linear equation. To teach the model to predict without text, train.py strips the text from a
+    random tenth of the documents that have text before an image (--unconditional-share). They are
+    trained on like any others. NOT STATED: that share. DEVIATION: the scale is 2; the paper uses 3
+    or 5 (--guidance-scale).
     """
     return without_text + guidance_scale * (with_text - without_text)
 
 # ---- Transformer: Llama (RMSNorm, RoPE, SwiGLU, no biases) ---------------------------------------
 
 def rope(x, base=10000.0):
-    """Rotary position embedding: rotate pairs of features of x (..., T, head_dim), by angles that
+    """Rotary position embedding: rotate pairs of features of x (..., T, head_dim) by angles that
     grow with the position.
 
-    The product of a rotated query and a rotated key then depends on their distance only.
+    The product of a rotated query and a rotated key then depends only on the distance between them.
     """
     T, head_dim = x.shape[-2:]
     frequency = base ** -(torch.arange(0, head_dim, 2, device=x.device) / head_dim)
@@ -349,7 +359,7 @@ def init_matrices(module, n_layers):
 # ---- Linear patches ------------------------------------------------------------------------------
 
 def patchify(latents, size):
-    """(M, C, H, W) -> (M, N, P): squares of size x size latents in raster order, as vectors."""
+    """(M, C, H, W) -> (M, N, P): size x size squares of latents, flattened, in raster order."""
     M, C, H, W = latents.shape
     squares = latents.reshape(M, C, H // size, size, W // size, size)
     squares = squares.permute(0, 2, 4, 3, 5, 1)  # (M, H / size, W / size, size, size, C)
@@ -381,8 +391,7 @@ class TimeEmbedding(nn.Module):
 class LinearPatchEncoder(nn.Module):
     """Section 3: add the embedding of t (P numbers) to every patch, then apply one linear layer.
 
-    With this encoder, t enters the model only here. It returns (embeddings of the patches, None).
-    In place of None, a U-Net returns its skip connections, which go directly to the decoder.
+    With this encoder, t enters the model only here.
     """
 
     def __init__(self, cfg):
@@ -393,7 +402,8 @@ class LinearPatchEncoder(nn.Module):
 
     def forward(self, latents, t):
         patches = patchify(latents, self.patch_size)  # (M, N, P)
-        return self.linear(patches + self.time(t)[:, None, :]), None  # (M, N, D)
+        x = self.linear(patches + self.time(t)[:, None, :])  # (M, N, D)
+        return x, None  # a U-Net returns its skip connections here, for the decoder
 
 class LinearPatchDecoder(nn.Module):
     def __init__(self, cfg):
@@ -412,9 +422,10 @@ def next_token_losses(logits, targets):
     return F.cross_entropy(logits, targets, ignore_index=NO_LOSS, reduction="none")
 
 def is_capped(documents):
-    """For each image, in reading order: does it open its document, with something after it?
+    """For each image, in reading order: is it first in its document, with something after it?
 
-    (An image that is alone is not capped: it is the unconditional form, and has to be drawn.)
+    An image on its own is not capped: it is an unconditional document, and the model must learn to
+    draw it.
     """
     return [
         position == 0 and len(document) > 1
@@ -442,12 +453,12 @@ class Transfusion(nn.Module):
             self.patch_encoder = LinearPatchEncoder(cfg)
             self.patch_decoder = LinearPatchDecoder(cfg)
         init_matrices(self, cfg.n_layers)
-        if cfg.patch_encoder == "unet":  # made after init_matrices: it has PyTorch's own init
+        if cfg.patch_encoder == "unet":  # created after init_matrices, to keep PyTorch's own init
             self.patch_encoder = UNetDown(cfg)
             self.patch_decoder = UNetUp(cfg)
 
     def forward(self, batch):
-        """Run a Batch whose images are noised to their t.
+        """Run the model on a Batch whose images are noised to batch.t.
 
         Returns the logits of the next token (B, T, V), and for each image the prediction of eps, v
         or x0 (M, C, H, W).
@@ -468,11 +479,11 @@ class Transfusion(nn.Module):
         return pack(documents, self.tokenizer, self.cfg, self.lm_head.weight.device, end)
 
     def training_batch(self, documents):
-        """Pack documents, whose images are clean, and noise the images. Returns a Batch."""
+        """Pack documents of clean images, then add noise to the images. Returns a Batch."""
         batch = self.pack(documents)
         x0 = batch.images
 
-        # Every image has its own t. The noise cap (table 8) limits some of them. NOT STATED: how a
+        # Each image has its own t. The noise cap (table 8) limits some of them. NOT STATED: how a
         # capped t is distributed. Here it is uniform.
         t = training_times(len(x0), self.cfg.t_power, x0.device)  # (M,)
         capped_t = self.cfg.noise_cap * torch.rand_like(t)
@@ -484,7 +495,7 @@ class Transfusion(nn.Module):
         batch.image_targets = diffusion_target(x0, eps, batch.t, self.cfg.target)
 
         batch.n_text_losses = (batch.targets != NO_LOSS).sum()
-        # All images have a diffusion loss, except that with noise_cap = 0 capped images are clean.
+        # Every noised image has a diffusion loss. (With noise_cap = 0, capped images stay clean.)
         batch.n_image_losses = (batch.t > 0).sum()
         return batch
 
@@ -495,7 +506,7 @@ class Transfusion(nn.Module):
         """
         logits, pred = self(batch)
 
-        # LM loss: the mean over all positions that have to predict a token.
+        # LM loss: the mean over all positions that have a target.
         loss_lm = next_token_losses(logits, batch.targets).sum() / batch.n_text_losses.clamp(min=1)
 
         # Diffusion loss: the mean squared error of each image, then the mean over noised images.
@@ -505,20 +516,21 @@ class Transfusion(nn.Module):
         return loss_lm + self.cfg.lambda_ddpm * loss_ddpm, loss_lm, loss_ddpm
 
     def logits(self, documents, end=True):
-        """Next-token logits (B, T, V) of documents with clean images, and the documents' Batch.
+        """Documents with clean images -> their next-token logits (B, T, V), and their Batch.
 
-        NOT STATED: the t of images that are given, or already drawn. Here it is 0. In training
-        they are noised: at most to noise_cap if they open the document, and otherwise to any t.
+        NOT STATED: the t of images that are in the prompt or already drawn. Here it is 0, although
+        in training they are noised: up to noise_cap if they come first, and otherwise to any t.
         """
         batch = self.pack(documents, end)
         logits, _ = self(batch)
         return logits, batch
 
     def predict_last_image(self, documents, t):
-        """Documents end with an image that is being denoised: x_t, with one t for all. The images
-        before it are clean. Returns the prediction (B, C, H, W) for x_t.
+        """Predict eps, v or x0 (B, C, H, W) for the last image of each document, which is an x_t.
+
+        All documents share the same t. The images before x_t are clean.
         """
-        # The EOI after x_t is packed already. It does no harm, because no patch can see it.
+        # end=False leaves out EOS. EOI is already there, but no patch can see it.
         batch = self.pack(documents, end=False)
         # Images are numbered in reading order, so the last one of a row has its largest image_id.
         last = batch.image_id.amax(1)
@@ -527,12 +539,11 @@ class Transfusion(nn.Module):
         return pred[last]
 
     def draw(self, documents, steps, guidance_scale, eta, show):
-        """Diffusion mode, which `generate` enters when a model has predicted BOI: append noise to
-        each document, in place, and denoise it step by step. After each step, call show(), which
-        displays the documents.
+        """Diffusion mode: append noise to each document, in place, and denoise it step by step.
 
-        Every step runs the whole sequence. A key-value cache would save the part before the image,
-        but it pays off only with long texts or many images.
+        `generate` calls this when the model has predicted BOI, and displays the documents in
+        show(). Every step runs the model on the whole sequence. A key-value cache would avoid
+        recomputing what precedes the image, but would pay off only with long texts or many images.
         """
         device = self.lm_head.weight.device
         xt = torch.randn(len(documents), *self.cfg.latent_shape, device=device)
@@ -541,7 +552,7 @@ class Transfusion(nn.Module):
         for t, t_next in pairwise(sampling_times(steps, self.cfg.t_power).to(device)):
             pred = self.predict_last_image(documents, t)
             if guidance_scale != 1:
-                without_text = [unconditional(document) for document in documents]  # x_t stays
+                without_text = [unconditional(document) for document in documents]  # keeps x_t
                 pred = guide(pred, self.predict_last_image(without_text, t), guidance_scale)
             xt = p_sample(xt, pred, t[None], t_next[None], self.cfg.target, eta)
             for document, image in zip(documents, xt):
@@ -556,7 +567,7 @@ def next_token_logits(model, documents):
     last = (batch.tokens != PAD).sum(1) - 1  # the last position that is not padding (B,)
     logits = logits[torch.arange(len(last), device=last.device), last]
     logits = logits[:, : len(model.tokenizer)]  # Chameleon's vocabulary has image codes after these
-    logits[:, [PAD, BOS, EOI, PATCH]] = -math.inf  # `pack` puts these where they belong
+    logits[:, [PAD, BOS, EOI, PATCH]] = -math.inf  # only `pack` inserts these
     return logits
 
 def sample_tokens(logits, temperature):
@@ -569,7 +580,7 @@ def append_token(document, token, tokenizer):
     """Append a text token to a document, in place.
 
     Documents hold text, as in training, so the token is decoded here, and `pack` encodes the text
-    again. (The tokens are then the same if they are those that `encode` makes of this text.)
+    again. (If the model spells a known word in bytes, the word then becomes one token.)
     """
     if document and isinstance(document[-1], str):
         document[-1] = tokenizer.decode(tokenizer.encode(document[-1]) + [token])
@@ -577,9 +588,8 @@ def append_token(document, token, tokenizer):
         document.append(tokenizer.decode([token]))
 
 def write(model, documents, max_tokens, temperature, show):
-    """LM mode: append text to documents, in place, until each predicts BOI or EOS, or has written
-    max_tokens. Returns those that predicted BOI; all others have ended. Calls show() after every
-    token.
+    """LM mode: append text to documents, in place, until the model predicts BOI or EOS, or has
+    written max_tokens. Returns the documents that got BOI; the others are finished.
     """
     wants_image = []
     for _ in range(max_tokens):
@@ -604,15 +614,15 @@ def generate(
     temperature=0.0,  # how text is sampled
     show=lambda documents: None,
 ):
-    """Section 3, inference: continue documents of str and latents until EOS. Returns them.
+    """Section 3, inference: continue documents of str and images until EOS. Returns them.
 
-    The model itself decides when to draw: by predicting BOI. A document also ends after max_tokens
-    of text in a row, or when it predicts BOI although max_images have been drawn. The function
-    `show` is called with all documents after every token and every denoising step.
+    The model itself decides when to draw, by predicting BOI. A document also ends after max_tokens
+    of text in a row, or at a BOI once max_images have been drawn. The function `show` is called
+    with all documents after every token and every denoising step.
     """
     documents = [list(document) for document in documents]  # copies, which grow below
     show_all = partial(show, documents)  # show_all() is show(documents)
-    active = documents  # those that have not ended; they all draw at the same time
+    active = documents  # the unfinished ones; their images are drawn together
     while True:
         active = write(model, active, max_tokens, temperature, show_all)
         if not active or max_images == 0:
@@ -623,10 +633,10 @@ def generate(
 # ---- Tokenizer: text to tokens and back ----------------------------------------------------------
 
 class Tokenizer:
-    """A known word, with the space before it, is one token. Other text becomes its UTF-8 bytes.
+    """A known word, with the space before it, is one token. Other text is encoded as UTF-8 bytes.
 
-    Encoding puts a space before the text, and decoding removes it. So if only " a" and " red"
-    are known, "a red dog" is the tokens " a" and " red", and one token for each byte of " dog".
+    Encoding puts a space before the text, and decoding removes it. So if only " a" and " red" are
+    known, "a red dog" becomes the tokens " a" and " red", and one token for each byte of " dog".
     """
 
     def __init__(self, words):
@@ -653,7 +663,8 @@ class Tokenizer:
     def decode(self, ids):
         """List of token ids -> str, the inverse of encode. Special tokens are skipped.
 
-        A model may write bytes that are not UTF-8. They become surrogates, which encode reverses.
+        A model may write invalid UTF-8. Such bytes become surrogates, which encode turns back into
+        bytes.
         """
         text_bytes = b"".join(self.bytes_of[i] for i in ids).removeprefix(b" ")
         return text_bytes.decode(errors="surrogateescape")
@@ -700,7 +711,7 @@ class VAE(nn.Module):
         return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
     def loss(self, pictures):
-        """Squared error of the reconstruction + kl * KL(posterior, N(0, 1)), both as means."""
+        """Squared error of the reconstruction + kl * KL(posterior, N(0, 1)), both averaged."""
         x = self.to_input(pictures)
         mean, log_var = self.encoder(x).chunk(2, dim=1)
         z = mean + (log_var / 2).exp() * torch.randn_like(mean)
@@ -739,7 +750,7 @@ def encode_pictures(documents, vae):
 # ---- U-Net patches -------------------------------------------------------------------------------
 
 class ResBlock(nn.Module):
-    """Like DDPM's residual block: two convolutions, the embedding of t added between them."""
+    """Like DDPM's residual block: two convolutions, with the embedding of t added in between."""
 
     def __init__(self, n_in, n_out, time_dim):
         super().__init__()
@@ -811,12 +822,12 @@ class UNetUp(nn.Module):
 # ---- Chameleon: the baseline, with discrete images -----------------------------------------------
 
 class QuantisedVAE(VAE):
-    """A VAE whose latent vectors, one for each patch, are rounded to the vectors of a codebook.
+    """A VAE whose latent vectors, one for each patch, are rounded to the nearest in a codebook.
 
     It adds no noise and has no KL loss. An image becomes codes (N,), indices into the codebook.
 
     DEVIATION: the paper learns 16,384 vectors, with a codebook loss. Our codebook is fixed: all
-    points of a grid (FSQ, arXiv 2309.15505). Four entries of five levels make 5^4 = 625 vectors.
+    points of a grid (FSQ, arXiv 2309.15505). Four entries of five levels give 5^4 = 625 vectors.
     """
 
     def __init__(self, cfg):
@@ -825,13 +836,15 @@ class QuantisedVAE(VAE):
             dim=cfg.vae_dim, kl=cfg.vae_kl,
         )
         self.grid = cfg.grid
-        # Normalise to variance 1. Otherwise nearly all entries are rounded to the middle level.
-        # (When it is not trained, BatchNorm needs vae.eval().)
+        # Normalise to variance 1. Otherwise nearly all entries would become the middle level.
+        # (After training, call vae.eval(), so that BatchNorm uses its running statistics.)
         self.normalise = nn.BatchNorm2d(cfg.code_dim, affine=False)
-        levels = torch.arange(cfg.code_levels) - (cfg.code_levels - 1) / 2  # five: -2, -1, 0, 1, 2
-        points = torch.cartesian_prod(*[levels] * cfg.code_dim).view(-1, cfg.code_dim)
-        points = points.flip(1)  # only changes which index a point has
-        self.register_buffer("codebook", points)  # (codes, code_dim)
+        # The vector of a code: its digits in base 5, the lowest first, minus 2. (Code 7 has the
+        # digits 2, 1, 0, 0, and the vector 0, -1, -2, -2.)
+        codes = torch.arange(cfg.code_levels**cfg.code_dim)[:, None]
+        place_values = cfg.code_levels ** torch.arange(cfg.code_dim)  # 1, 5, 25, 125
+        digits = (codes // place_values) % cfg.code_levels
+        self.register_buffer("codebook", digits - (cfg.code_levels - 1) / 2)  # (codes, code_dim)
 
     def quantise(self, pictures):
         """uint8 (M, H, W, 3) -> codes (M, N), and their vectors (M, code_dim, grid, grid)."""
@@ -839,7 +852,7 @@ class QuantisedVAE(VAE):
         z = self.normalise(z).tanh() * self.codebook.max()  # within the grid
         distances = torch.cdist(z.detach().flatten(2).transpose(1, 2), self.codebook)
         codes = distances.argmin(-1)  # the nearest vectors of the codebook
-        # Straight-through: the value is the nearest vector, and the gradient that of z.
+        # Straight-through: the value is the nearest vector, but the gradient is that of z.
         return codes, z + (self.vectors_of(codes) - z).detach()
 
     def vectors_of(self, codes):
@@ -851,7 +864,7 @@ class QuantisedVAE(VAE):
         return F.mse_loss(self.decoder(vectors), self.to_input(pictures))
 
     def calibrate(self, pictures):
-        """There is nothing to measure: the codebook has a fixed scale."""
+        """Nothing to measure: the codebook has a fixed scale."""
 
     @torch.no_grad()
     def encode(self, pictures):
@@ -877,7 +890,7 @@ class Chameleon(nn.Module):
         vocab_size = len(tokenizer) + cfg.code_levels**cfg.code_dim  # text, then codes
         self.token_embedding = nn.Embedding(vocab_size, cfg.dim)
         # DEVIATION: for stability the paper's Chameleon has QK-norm, a z-loss, and norms after its
-        # layers. Ours has the first two, and its norms before the layers, as in Llama.
+        # layers. Ours has the first two, but keeps the norms before the layers, as in Llama.
         self.transformer = Transformer(replace(cfg, qk_norm=True))
         self.lm_head = nn.Linear(cfg.dim, vocab_size, bias=False)
         init_matrices(self, cfg.n_layers)
@@ -897,7 +910,7 @@ class Chameleon(nn.Module):
     def training_batch(self, documents):
         """Pack documents. Each code becomes the target of the position before it."""
         batch = self.pack(documents)
-        batch.n_text_losses = (batch.targets != NO_LOSS).sum()
+        batch.n_text_losses = (batch.targets != NO_LOSS).sum()  # before codes become targets
         next_is_code = batch.image_id[:, 1:] >= 0
         batch.targets[:, :-1][next_is_code] = batch.tokens[:, 1:][next_is_code]
         batch.n_image_losses = next_is_code.sum()
@@ -934,8 +947,8 @@ class Chameleon(nn.Module):
     def draw(self, documents, steps, guidance_scale, eta, show):
         """Append an image to each document, in place, code by code. Calls show() after every code.
 
-        Codes that are not drawn yet are 0: attention is causal, so they do not matter. `steps` and
-        `eta` belong to diffusion and have no effect.
+        Codes not yet drawn are 0; since attention is causal, their values do not matter. `steps`
+        and `eta` belong to diffusion and have no effect.
         """
         device = self.lm_head.weight.device
         codes = torch.zeros(len(documents), self.cfg.n_patches, dtype=torch.long, device=device)
@@ -948,7 +961,7 @@ class Chameleon(nn.Module):
                 logits_without = self.predict_last_image(without_text)[:, n]
                 logits = guide(logits, logits_without, guidance_scale)
             codes[:, n] = sample_tokens(logits, temperature=1.0)
-            for document, image in zip(documents, codes.clone()):  # a copy, because codes change
+            for document, image in zip(documents, codes.clone()):  # `codes` is modified later
                 document[-1] = image
             show()
 
@@ -959,10 +972,10 @@ def micro_batch(batch, i, n):
 
     Several processes, or the steps of gradient accumulation, run one micro-batch each. The
     denominators stay those of the whole batch, so the losses of all micro-batches add up to the
-    loss of the batch. (image_id stays too: the model only asks which positions have the same.)
+    loss of the batch. (image_id stays too: all that matters is which positions share an id.)
     """
-    document = (batch.tokens == BOI).nonzero()[:, 0]  # each image has one BOI: whose is it? (M,)
-    own = document % n == i
+    row_of_image = (batch.tokens == BOI).nonzero()[:, 0]  # each image has one BOI (M,)
+    own = row_of_image % n == i
     return replace(
         batch,
         tokens=batch.tokens[i::n], targets=batch.targets[i::n], image_id=batch.image_id[i::n],

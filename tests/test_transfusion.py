@@ -156,6 +156,13 @@ def test_documents_are_packed_as_the_head_of_the_module_shows():
         assert prompt.tokens[row][prompt.tokens[row] != PAD].equal(whole[:-1]) and whole[-1] == EOS
     assert prompt.image_id.equal(image_id[:, :12])
 
+def test_images_on_several_devices_are_packed_onto_one():
+    """A picture of the user's, on the CPU, and an image that was drawn on a GPU."""
+    images = [torch.ones(4, 8, 8), torch.ones(4, 8, 8, device="meta")]
+    batch = pack([["a", *images]], TOKENIZER, TWO_PATCHES, device="meta")
+    tensors = [batch.tokens, batch.targets, batch.image_id, batch.images, batch.t, batch.image_targets]
+    assert {tensor.device.type for tensor in tensors} == {"meta"} and batch.images.shape == (2, 4, 8, 8)
+
 def test_the_unconditional_form_is_packed_as_the_document_without_its_text():
     documents = with_images([["a red.", IMAGE, "a", IMAGE], [IMAGE, "a dog."], ["a blue."]], Config())
     batch = pack(documents, TOKENIZER, TWO_PATCHES)
