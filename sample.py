@@ -2,7 +2,7 @@
 
     python sample.py "a red circle above a blue square."             draws it
     python sample.py "<picture.png>"                                 writes a caption
-    python sample.py "<picture.png> make the red circle green."      edits it, after train.py --task edit
+    python sample.py --run runs/edit "<picture.png> make the red circle green."    edits it (train.py --task edit)
     python sample.py                                                 lets the model write and draw what it likes
 
 A prompt is text in which <file.png> stands for a picture. Several prompts run as one batch. The model continues the
@@ -24,24 +24,24 @@ from data.files import load_picture, save_png
 from train import load_checkpoint, pick_device
 from transfusion import encode_pictures, generate
 
-LIMITS = {  # of the numbers among the options: the least and the most
+LIMITS = {  # minimum and maximum of the numeric options
     "steps": (1, None), "guidance_scale": (0, None), "eta": (0, 1), "temperature": (0, None),
     "max_tokens": (1, None), "max_images": (0, None), "seed": (0, 10**9),
 }
 
 def parse_options(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompts", nargs="*", help="text, with <file.png> for a picture; none: start from nothing")
+    parser.add_argument("prompts", nargs="*", help="text in which <file.png> stands for a picture [start from nothing]")
     parser.add_argument("--run", default="runs/shapes", help="output directory of the training run [%(default)s]")
     parser.add_argument("--out", default="samples", type=Path, help="directory for the pictures [%(default)s]")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps; the paper has 250 [50]")
-    parser.add_argument("--guidance-scale", type=float, help="of drawing, 1 is none [the run's]")
-    parser.add_argument("--eta", type=float, default=0.0, help="0 is DDIM, 1 ancestral sampling [0]")
-    parser.add_argument("--temperature", type=float, help="of text, 0 is greedy [0; without prompt 1]")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of text between images [64]")
-    parser.add_argument("--max-images", type=int, default=4, help="drawn per prompt [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise and the text [%(default)s]")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or mps; auto takes the best there is")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps; the paper takes 250 [50]")
+    parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance; 1 turns it off [as in the run]")
+    parser.add_argument("--eta", type=float, default=0.0, help="sampling noise: 0 is DDIM, 1 is ancestral sampling [0]")
+    parser.add_argument("--temperature", type=float, help="of text; 0 is greedy [0, or 1 without prompts]")
+    parser.add_argument("--max-tokens", type=int, default=64, help="maximum of text tokens in a row [64]")
+    parser.add_argument("--max-images", type=int, default=4, help="maximum of drawings per prompt [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the noise and the text [%(default)s]")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or mps; auto picks the best available")
     args = parser.parse_args(argv)
     for name, (least, most) in LIMITS.items():
         value = getattr(args, name)
@@ -59,22 +59,22 @@ def parse_options(argv):
     return args
 
 def parse_prompt(prompt, image_size):
-    """"some text <a.png> more text" -> ["some text", picture, "more text"]"""
+    """Split "some text <a.png> more text" into ["some text", picture, "more text"]."""
     document = []
     for i, piece in enumerate(re.split(r"<([^<>]+)>", prompt)):
-        if i % 2 == 1:  # what stood between < and >
+        if i % 2 == 1:  # the text between < and >
             document.append(load_picture(piece, image_size))
         elif piece.strip():
             document.append(piece.strip())
     return document
 
 def printable(text):
-    """Text without anything that would move the cursor; bytes that are not UTF-8 become U+FFFD."""
+    """Replace control characters and invalid UTF-8 by U+FFFD, so that printing is safe."""
     text = text.encode(errors="surrogateescape").decode(errors="replace")
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 def as_text(document, frames):
-    """A document as a person reads it. frames is {index of a part: its denoising steps}, for images that were drawn."""
+    """A document as readable text. frames is {index of a part: its denoising steps}, for images that were drawn."""
     words = []
     for i, part in enumerate(document):
         if isinstance(part, str):
@@ -86,11 +86,11 @@ def as_text(document, frames):
     return " ".join(words)
 
 class Progress:
-    """Follows documents while they grow: prints the first one, and keeps the steps of all images."""
+    """Called as documents grow: prints the first one, and records the denoising steps of all images."""
 
     def __init__(self, prompts):
         self.prompts = prompts
-        self.frames = [{} for _ in prompts]  # of each document: {index of a part: its latents (or codes) in each step}
+        self.frames = [{} for _ in prompts]  # of each document: {index of a part: its latents (or codes) at each step}
         self.printed = ""
 
     def __call__(self, documents):
@@ -104,7 +104,7 @@ class Progress:
         self.print_rest(as_text(documents[0], self.frames[0]).removesuffix(" [EOI]").rstrip("\ufffd"))
 
     def print_rest(self, text):
-        """Print what follows the part of the text that has been printed."""
+        """Print the part of the text that is not printed yet."""
         print(text[len(self.printed):], end="", flush=True)
         self.printed = text
 
@@ -144,4 +144,7 @@ def main(argv=None):
             print(*save_drawing(pictures, args.out))
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, KeyboardInterrupt) as error:  # the disk is full, for example; or Ctrl-C
+        sys.exit(f"Stopped{f': {error}' if str(error) else ''}.")

@@ -1,15 +1,15 @@
-"""Train Transfusion on the toy world: first the VAE, then the model, then the scores.
+"""Train Transfusion on the toy world: train the VAE, then the model, then score it.
 
     python train.py                                    the default, to runs/shapes
     python train.py --model chameleon                  the baseline with discrete images, to runs/chameleon
     python train.py --task text                        the same documents without pictures, to runs/text
     python train.py --init runs/shapes --task edit     teach a trained model to edit pictures, to runs/edit
     python train.py --data FOLDER                      your own pictures with captions, to runs/FOLDER
-    torchrun --standalone --nproc-per-node=4 -- train.py    the same training, shared by four processes
+    torchrun --standalone --nproc-per-node=4 -- train.py    the default, split across four processes
 
-The output directory (--run) gets ckpt.pt, log.csv, progress.png (a row of drawings for each evaluation), figure.png
-(the attention mask, and drawings of held-out captions), metrics.json, and run.json with all settings. Ctrl-C saves a
-checkpoint, and --resume continues from it as if nothing had happened.
+The output directory (--run) will contain ckpt.pt, log.csv, progress.png (a row of drawings for each evaluation),
+figure.png (the attention mask, and drawings of held-out captions), metrics.json, and run.json with all settings.
+Ctrl-C saves a checkpoint, and --resume continues from it as if nothing had happened.
 """
 
 import copy
@@ -45,14 +45,14 @@ from transfusion import (
 
 # ---- Options ---------------------------------------------------------------------------------------------------------
 
-# Options of the model that go together.
+# Model options that belong together.
 PAPER = {"qk_norm": False, "target": "eps", "t_power": 1.0, "patch_position": False}
 PAPER_VAE = {"image_size": 256, "latent_size": 32, "latent_channels": 8, "vae_dim": 128}
 PRESETS = {
     "laptop": Config(),
-    "laptop-paper": Config(**PAPER),  # the paper's choices at the size of the laptop
+    "laptop-paper": Config(**PAPER),  # the paper's choices of the model, at laptop size
     "tiny": Config(dim=32, n_layers=2, n_heads=2, vae_dim=8),  # for tests
-    # The paper's sizes of the transformer. The VAE, and a U-Net, are smaller than the paper's.
+    # The paper's transformer sizes. The VAE and the U-Net are smaller than the paper's. They need --data.
     "0.16B": Config(**PAPER, **PAPER_VAE, dim=768, n_layers=16, n_heads=12),
     "0.37B": Config(**PAPER, **PAPER_VAE, dim=1024, n_layers=24, n_heads=16),
     "0.76B": Config(**PAPER, **PAPER_VAE, dim=1536, n_layers=24, n_heads=24),
@@ -62,53 +62,53 @@ PRESETS = {
 
 @dataclass
 class Run:
-    """Every field is an option of the command line, with the comment beside it as its help."""
-    run: str = ""  # output directory (default: runs/shapes, or named after the task or the model)
+    """Every field is a command-line option, and the comment beside it is its help text."""
+    run: str = ""  # output directory (default: runs/shapes, or named after the task, the model or the data folder)
     task: str = "shapes"  # what to train on: shapes, text or edit
     data: str = ""  # folder of your own pictures with captions, instead of the toy world
-    init: str = ""  # output directory of a finished run, whose model to start from
-    seed: int = 0  # of the data, the weights and the noise
-    device: str = "auto"  # cpu, cuda or mps; auto takes the best there is
+    init: str = ""  # output directory of an earlier run, to start from its model
+    seed: int = 0  # random seed of the data, the weights and the noise
+    device: str = "auto"  # cpu, cuda or mps; auto picks the best available
     documents: int = 32768  # training documents, made before training starts
     # DEVIATION: in the paper the caption comes first in 0.8 of the pairs (--caption-first 0.8).
-    caption_first: float = 0.5  # share of the pairs of picture and caption in which the caption comes first
-    unconditional_share: float = 0.1  # share of the documents with text before a picture that lose their text
-    vae_steps: int = 1500  # training steps of the VAE, each with 16 pictures
+    caption_first: float = 0.5  # share of the caption-picture pairs in which the caption comes first
+    unconditional_share: float = 0.1  # share of the documents with text before a picture whose text is removed
+    vae_steps: int = 1500  # training steps of the VAE, with 16 pictures each
     steps: int = 3300  # training steps of the model
-    batch_size: int = 32  # documents per step, of all processes together
-    accumulate: int = 1  # parts of a batch that each process runs one after the other, to save memory
-    # DEVIATION: the paper trains everything with AdamW (--optimizer adamw --lr 2e-3).
+    batch_size: int = 32  # documents per step, across all processes
+    accumulate: int = 1  # gradient accumulation: micro-batches per step and process, to save memory
+    # DEVIATION: the paper uses AdamW throughout (--optimizer adamw; at this size with --lr 2e-3).
     optimizer: str = "muon"  # muon for the matrices of the transformer, or adamw for everything
     lr: float = 4e-3  # peak learning rate
-    warmup: int = 60  # steps to reach it; then it falls like a cosine to 5 percent, as in the paper
-    weight_decay: float = 0.1  # decoupled, of matrices
-    clip: float = 1.0  # largest norm of the gradient
-    ema: float = 0.99  # decay of the averaged weights, which are the ones that are scored and sampled from
+    warmup: int = 60  # steps of warm-up; then the rate decays like a cosine to 5 percent, as in the paper
+    weight_decay: float = 0.1  # decoupled, and only for matrices
+    clip: float = 1.0  # clip the gradient to this norm
+    ema: float = 0.99  # decay of the moving average of the weights, which is what is scored and sampled from
     eval_every: int = 550  # steps between evaluations, each of which writes a checkpoint
-    eval_n: int = 512  # examples for each score of the final table
-    eval_split: str = "test"  # which they are: test, held out for the results, or val, to choose settings by
-    sample_steps: int = 25  # denoising steps in evaluations; the paper has 250
-    eta: float = 0.0  # of the sampler: 0 is DDIM, 1 is DDPM's ancestral sampler
-    guidance_scale: float = 2.0  # classifier-free guidance in evaluations; 1 is none
+    eval_n: int = 512  # examples per score in the final table
+    eval_split: str = "test"  # their split: test for final results, val to choose settings by
+    sample_steps: int = 25  # denoising steps in evaluations; the paper takes 250
+    eta: float = 0.0  # sampling noise: 0 is DDIM, 1 is DDPM's ancestral sampler
+    guidance_scale: float = 2.0  # classifier-free guidance in evaluations; 1 turns it off
     guidance_sweep: bool = False  # also score drawings at guidance 1, 1.5, 2, 3 and 4
 
 CHOICES = {
     "model": ("transfusion", "chameleon"), "target": ("eps", "v", "x0"), "patch_encoder": ("linear", "unet"),
     "task": tuple(TASKS), "optimizer": ("muon", "adamw"), "eval_split": ("test", "val"),
 }
-LEAST = {"seed": 0, "eval_n": 2, "code_levels": 2}  # other whole numbers are at least 1, and all others at least 0
+LEAST = {"seed": 0, "eval_n": 2, "code_levels": 2}  # other integers are at least 1, other floats at least 0
 MORE_THAN_0 = "caption_first", "lr", "clip", "t_power"
 AT_MOST_1 = "caption_first", "unconditional_share", "ema", "eta", "noise_cap"
 LESS_THAN_1 = "unconditional_share", "ema"
-LOSS_OPTIONS = "noise_cap", "lambda_ddpm", "t_power", "instruction_loss"  # of the model, --init can change these
+LOSS_OPTIONS = "noise_cap", "lambda_ddpm", "t_power", "instruction_loss"  # model options that --init can change
 # --eval-only can change these:
 SCORE_OPTIONS = "eval_n", "eval_split", "sample_steps", "eta", "guidance_scale", "guidance_sweep"
 RESUME_OPTIONS = "steps", "eval_every", "accumulate", *SCORE_OPTIONS  # --resume can change these
-# What a line of progress shows: scores with these beginnings. log.csv has all.
+# Scores that are printed during training, by prefix. log.csv has all of them.
 SHOWN_WHILE_TRAINING = "loss", "caption_acc", "draw_acc", "edit_acc", "caption_match", "draw_match"
 
 def check_options(options):
-    """Raise ValueError, with one sentence, if a number among the options {name: value} is wrong by itself."""
+    """Raise ValueError if a number among the options {name: value} is out of range."""
     for name, value in options.items():
         if type(value) is int and value < LEAST.get(name, 1):
             raise ValueError(f"{name} must be at least {LEAST.get(name, 1)}, not {value}")
@@ -124,18 +124,18 @@ def check_options(options):
             raise ValueError(f"seed must be at most {10**9}, not {value}")
 
 def check_config(cfg):
-    """Raise ValueError, with one sentence, if options of the model do not go together."""
+    """Raise ValueError if options of the model do not go together."""
     if cfg.code_levels**cfg.code_dim > 2**16:
         raise ValueError("code_levels ** code_dim, the number of codes, must be at most 65536")
     if cfg.dim % (2 * cfg.n_heads):
-        raise ValueError(f"dim ({cfg.dim}) must be a multiple of 2 * n_heads ({cfg.n_heads})")
+        raise ValueError(f"dim ({cfg.dim}) must be a multiple of 2 * n_heads ({2 * cfg.n_heads})")
     if cfg.patch_size not in (1, 2, 4, 8) or cfg.latent_size % cfg.patch_size:
-        raise ValueError(f"patch_size must be 1, 2, 4, 8 and divide {cfg.latent_size}, latent_size")
+        raise ValueError(f"patch_size must be 1, 2, 4 or 8 and divide latent_size ({cfg.latent_size})")
     if cfg.image_size not in [cfg.latent_size * 2**n for n in range(1, 10)]:
         raise ValueError(f"image_size must be latent_size ({cfg.latent_size}) * 2, 4, 8, ...")
 
 def make_models(cfg, tokenizer):
-    """The untrained model and VAE that cfg.model names."""
+    """Build the untrained model and its VAE."""
     if cfg.model == "chameleon":
         return Chameleon(cfg, tokenizer), QuantisedVAE(cfg)
     vae = VAE(cfg.image_size, cfg.latent_size, cfg.latent_channels, cfg.vae_dim, cfg.vae_kl)
@@ -144,10 +144,10 @@ def make_models(cfg, tokenizer):
 # ---- Optimisers ------------------------------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024): momentum whose update is made nearly orthogonal, all singular values about 1.
+    """Muon (Jordan et al., 2024): momentum whose updates are made nearly orthogonal (all singular values about 1).
 
-    Equal to torch.optim.Muon(adjust_lr_fn="match_rms_adamw", ns_steps=3), but in fp32 and for all matrices of one shape
-    at once. On a CPU without bf16 units that is many times faster.
+    The same as torch.optim.Muon(adjust_lr_fn="match_rms_adamw", ns_steps=3), but in fp32 and for all matrices of one
+    shape at once, which is many times faster on CPUs without bf16 units.
     """
 
     def __init__(self, groups, lr, weight_decay, momentum=0.95):
@@ -155,15 +155,15 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:  # the matrices of one shape
+        for group in self.param_groups:  # a group is all matrices of one shape
             params, lr, momentum = group["params"], group["lr"], group["momentum"]
             grad = torch.stack([p.grad for p in params])  # (matrices, rows, columns)
-            state = self.state[params[0]]
+            state = self.state[params[0]]  # of the whole group
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(grad)
             state["momentum"].lerp_(grad, 1 - momentum)
             update = orthogonalise(grad.lerp(state["momentum"], momentum))  # Nesterov momentum
-            scale = 0.2 * max(grad.shape[1:]) ** 0.5  # gives the update the size of AdamW's
+            scale = 0.2 * max(grad.shape[1:]) ** 0.5  # matches the RMS of AdamW's update
             for p, u in zip(params, update):
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(u, alpha=-lr * scale)
@@ -186,7 +186,7 @@ def make_optimizers(model, run):
     groups = [
         {"params": [p for p in rest if p.dim() == 2], "weight_decay": run.weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-        # NOT STATED: a rate of its own for the U-Net. Its convolutions get half of the rate here.
+        # NOT STATED: whether the U-Net has its own learning rate. Here its convolutions have half.
         {"params": [p for p in rest if p.dim() > 2], "weight_decay": run.weight_decay, "lr_scale": 0.5},
     ]
     optimizers = [torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), eps=1e-8)]
@@ -205,7 +205,7 @@ def learning_rate(run, step):
 def train_vae(vae, pictures, steps):
     """Train the VAE on pictures, uint8 (M, H, W, 3)."""
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.95), weight_decay=0)
-    bar = tqdm(range(steps), "VAE  ", disable=None)
+    bar = progress_bar(range(steps), "VAE  ")
     for step in bar:
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 30) * (1 - step / steps)
         batch = torch.randint(len(pictures), (16,))
@@ -222,17 +222,17 @@ def train_vae(vae, pictures, steps):
 
 @torch.no_grad()
 def log_likelihood(model, documents, next_token=EOS):
-    """Two tensors (B,): log P of each document, and the number of tokens in that sum.
+    """Returns two tensors (B,): log P of each document, and the number of tokens that it covers.
 
-    These are the tokens with an LM loss: text, BOI, and at the end next_token, which is EOS, or BOI to ask whether an
-    image follows. The images are clean and are not scored.
+    It covers all tokens with an LM loss. At the end, next_token replaces EOS: pass BOI to score "an image follows". The
+    images are clean and are not scored.
     """
     logits, batch = model.logits(documents)
     targets = torch.where(batch.targets == EOS, next_token, batch.targets)
     return -next_token_losses(logits, targets).sum(1), (targets != NO_LOSS).sum(1)
 
 class Trained:
-    """A trained model as data/scores.py sees it: in terms of sentences and pictures, uint8 (N, H, W, 3)."""
+    """The interface that data/scores.py expects: texts and pictures, uint8 (N, H, W, 3), in and out."""
 
     def __init__(self, model, vae, run):
         self.model, self.vae, self.run = model, vae, run
@@ -255,9 +255,10 @@ class Trained:
         documents = self.complete(prompts, guidance_scale=guidance_scale)
         size = self.model.cfg.image_size
         pictures = np.zeros((len(prompts), size, size, 3), np.uint8)
-        drew = [i for i in range(len(prompts)) if len(unconditional(documents[i])) > len(unconditional(prompts[i]))]
+        images = [unconditional(document) for document in documents]  # without their text
+        drew = [i for i, prompt in enumerate(prompts) if len(images[i]) > len(unconditional(prompt))]
         if drew:
-            images = torch.stack([unconditional(documents[i])[-1] for i in drew])
+            images = torch.stack([images[i][-1] for i in drew])
             pictures[drew] = self.vae.decode(images).cpu().numpy()
         return pictures
 
@@ -276,7 +277,9 @@ class Trained:
 
     @torch.no_grad()
     def diffusion_loss(self, captions, pictures, times=(0.3, 0.5, 0.7, 0.9)):
-        """The mean over some times, with the same noise for all pictures, so that they can be compared. (N,)"""
+        """The diffusion loss of each picture (N,), averaged over some times. All share the same noise, so that the
+        losses are comparable.
+        """
         if self.model.cfg.model == "chameleon":
             return None
         eps = torch.randn(1, *self.model.cfg.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -305,7 +308,7 @@ class Trained:
 def validate(trained, task, step, losses):
     """Score a few validation examples. Returns a row of log.csv, and 12 drawings or None."""
     run = trained.run
-    torch.manual_seed(run.seed)  # the same noise each time, so that each column of progress.png shows one drawing
+    torch.manual_seed(run.seed)  # the same noise each time, so that each column of progress.png follows one drawing
     report = task.evaluate(trained, "val", 32, run.seed, [run.guidance_scale])
     loss_text, loss_image = np.mean(losses, axis=0).tolist()
     row = {"step": step, "loss_text": loss_text, "loss_image": loss_image}
@@ -313,7 +316,7 @@ def validate(trained, task, step, losses):
     return row, None if report.pictures is None else torch.from_numpy(report.pictures[:12])
 
 def write_progress(directory, history, drawings):
-    """Write log.csv and progress.png: a row for each validation."""
+    """Write log.csv and progress.png, with one row per validation."""
     lines = [",".join(history[0])] + [",".join(f"{value:.6g}" for value in row.values()) for row in history]
     write_atomically(directory / "log.csv", lambda path: path.write_text("\n".join(lines) + "\n"))
     if drawings:
@@ -331,14 +334,15 @@ def draw_figure(report, cfg, tokenizer):
         "patch" if patch else SPECIAL_TOKENS[token] if token < N_SPECIAL else tokenizer.decode([token])
         for token, patch in zip(batch.tokens[0].tolist(), is_patch.tolist())
     ]
-    mask = plots.mask_picture(attention_mask(batch.image_id, cfg.bidirectional)[0, 0], names, is_patch)
+    bidirectional = cfg.bidirectional and cfg.model == "transfusion"
+    mask = plots.mask_picture(attention_mask(batch.image_id, bidirectional)[0, 0], names, is_patch)
     if report.pictures is None:
         return mask
     grid = plots.captioned_grid(report.pictures[:18], report.prompts[:18], report.correct[:18])
     return plots.beside(mask, grid)
 
 def write_scores(trained, task, directory, about):
-    """The final table, to the terminal and with `about` to metrics.json, and the figure of the first drawings."""
+    """Print the final table, write it with `about` to metrics.json, and write figure.png."""
     run, cfg = trained.run, trained.model.cfg
     start_time = time.time()
     torch.manual_seed(run.seed)
@@ -361,11 +365,12 @@ def write_scores(trained, task, directory, about):
 # ---- The run ---------------------------------------------------------------------------------------------------------
 
 def parse_options(argv):
-    """Every field of Config and Run is an option. Returns a dict of those that were given."""
+    """Every field of Config and Run is an option. Returns a dict of the ones given."""
     parser = ArgumentParser(description=__doc__, argument_default=SUPPRESS, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, help="model options to start from [laptop]")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --run")
-    parser.add_argument("--eval-only", action="store_true", help="only score the checkpoint in --run")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true", help="continue the run in --run")
+    mode.add_argument("--eval-only", action="store_true", help="only score the checkpoint in --run")
     for options in (Config, Run):
         comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(options), re.MULTILINE))
         for f in fields(options):
@@ -377,8 +382,12 @@ def parse_options(argv):
             parser.add_argument("--" + f.name.replace("_", "-"), help=comments[f.name] + default, **kind)
     return vars(parser.parse_args(argv))
 
+def as_typed(names):
+    """("eval_n", "eta") -> "--eval-n, --eta"."""
+    return ", ".join("--" + name.replace("_", "-") for name in names)
+
 class Loss(torch.nn.Module):
-    """A model whose forward pass is its loss, as DistributedDataParallel wants it."""
+    """A model whose forward pass is its loss: DistributedDataParallel works on the forward pass."""
 
     def __init__(self, model):
         super().__init__()
@@ -388,7 +397,7 @@ class Loss(torch.nn.Module):
         return self.model.loss(batch)
 
 def join_processes():
-    """Returns the number of this process and how many there are: (0, 1), unless torchrun started several."""
+    """Returns the rank of this process and the number of processes: (0, 1) without torchrun."""
     if "RANK" not in os.environ:
         return 0, 1
     if torch.cuda.is_available():
@@ -398,21 +407,26 @@ def join_processes():
         sys.stdout = io.StringIO()  # only the first process reports
     return dist.get_rank(), dist.get_world_size()
 
+def progress_bar(steps, description, **options):
+    """A bar in the terminal of the first process. Where there is no terminal, there is no bar."""
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    return tqdm(steps, description, disable=None if is_first else True, **options)
+
 def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
-        sys.exit(f"{name} is not a device that this machine and this torch have; try --device cpu.")
+        sys.exit(f"The device {name} is not available on this machine; try --device cpu.")
 
 def load_checkpoint(directory, device):
-    """Returns (checkpoint, averaged model, VAE). Exits with one sentence if there is none that can be used."""
+    """Returns (checkpoint, averaged model, VAE). Exits with a message if they cannot be loaded."""
     path = Path(directory) / "ckpt.pt"
     if not path.is_file():
-        sys.exit(f"There is no checkpoint at {path}: train one (python train.py), or name its directory with --run.")
+        sys.exit(f"There is no checkpoint at {path}: train a model first (python train.py), or give another directory.")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["cfg"] = Config(**checkpoint["cfg"])
         checkpoint["run"] = Run(**checkpoint["run"])
         model, vae = make_models(checkpoint["cfg"], Tokenizer(checkpoint["words"]))
@@ -423,7 +437,7 @@ def load_checkpoint(directory, device):
     return checkpoint, model.to(device).requires_grad_(False), vae.to(device).requires_grad_(False).eval()
 
 def checksum_of(documents):
-    """A number that tells documents of str and pictures from others."""
+    """A checksum of texts and pictures, to notice when --resume would train on other data."""
     checksum = 0
     for document in documents:
         for part in document:
@@ -434,7 +448,7 @@ def save_checkpoint(checkpoint, path):
     write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
 
 def make_directory(directory, settings):
-    """Make the output directory of a new run. An earlier run there is renamed; anything else there is left alone."""
+    """Make the output directory of a new run. An earlier run there is renamed. Exits if anything else is there."""
     directory = Path(os.path.abspath(directory))
     marker, temporary = directory / "run.json", "writing-run.json"
     if marker.is_file():
@@ -447,10 +461,10 @@ def make_directory(directory, settings):
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(marker, lambda path: path.write_text(json.dumps(settings, indent=1)))
     except OSError as error:
-        sys.exit(f"{directory} cannot be written to: {error}.")
+        sys.exit(f"Cannot write to {directory}: {error}.")
 
 def on_interrupt(action):
-    """What Ctrl-C does from here on: exit with a sentence, or call a function."""
+    """Set what Ctrl-C does from here on: exit with a message, or call a function."""
     signal.signal(signal.SIGINT, (lambda *_: sys.exit(action)) if isinstance(action, str) else lambda *_: action())
 
 def main(argv=None):
@@ -462,40 +476,46 @@ def main(argv=None):
     eval_only = options.pop("eval_only", False)
     is_new = not resume and not eval_only
     on_interrupt("Stopped before training: " + ("nothing is saved." if is_new else "the checkpoint is unchanged."))
-    rank, n_processes = join_processes()  # before the device: each process has its own GPU
+    rank, n_processes = join_processes()  # before pick_device, because it gives each process its own GPU
     device = pick_device(options.get("device", "auto"))
 
-    # The output directory, by default named after the task or the baseline.
-    default_name = "chameleon" if options.get("model") == "chameleon" else "shapes"
+    # The output directory, by default named after the data folder, the task or the baseline.
+    default_name = options.get("task", Run.task)
+    if default_name == Run.task and options.get("model") == "chameleon":
+        default_name = "chameleon"
     if options.get("data"):
         default_name = Path(options["data"]).resolve().name
-    options.setdefault("run", f"runs/{options.get('task', default_name)}")
+    options.setdefault("run", f"runs/{default_name}")
     directory = Path(options["run"])
 
-    # Which options are the model's, and which are the run's?
+    # Split the options into those of the model and those of the run.
     if is_new:
         options = TASKS[options.get("task", "shapes")].defaults | options
     model_options = {name: value for name, value in options.items() if name in Config.__dataclass_fields__}
     run_options = {name: value for name, value in options.items() if name in Run.__dataclass_fields__}
 
-    # A run continues a checkpoint, starts from that of another run, or starts from nothing.
+    # Continue or score a checkpoint, start from that of another run, or start from scratch.
     try:
         check_options(options)
         if resume or eval_only:
             checkpoint, averaged, vae = load_checkpoint(directory, device)
             can_change = RESUME_OPTIONS if resume else SCORE_OPTIONS
             if preset or model_options or not set(run_options) <= {"run", "device", *can_change}:
-                sys.exit("--resume and --eval-only take the model and its options from the checkpoint. "
-                         f"Only these can be given: {', '.join(can_change)}.")
+                sys.exit("--resume and --eval-only take all options from the checkpoint. "
+                         f"Besides --run and --device, only these can be given: {as_typed(can_change)}.")
             cfg = checkpoint["cfg"]
             run = replace(checkpoint["run"], **run_options)
             command = checkpoint["command"]
             minutes_before = checkpoint["minutes"]
         elif "init" in run_options:
+            if Path(run_options["init"]).resolve() == directory.resolve():
+                sys.exit(f"--init and --run are both {directory}. Choose another output directory with --run.")
             checkpoint, averaged, vae = load_checkpoint(run_options["init"], device)
             if preset or not set(model_options) <= set(LOSS_OPTIONS):
-                sys.exit(f"--init takes the model from the checkpoint; only {', '.join(LOSS_OPTIONS)} can be given.")
+                sys.exit("--init takes the model from the checkpoint. Of the model's options, only these can be given: "
+                         f"{as_typed(LOSS_OPTIONS)}.")
             cfg = replace(checkpoint["cfg"], **model_options)
+            averaged.cfg = cfg
             run = Run(**run_options)
             minutes_before = 0
         else:
@@ -516,15 +536,11 @@ def main(argv=None):
     if is_new and rank == 0:
         make_directory(directory, {"command": command, "cfg": asdict(cfg), "run": asdict(run)})
 
-    if eval_only:
-        flops = checkpoint["flops"]
-        minutes = minutes_before
-        averaged.cfg = cfg
-    else:
-        with torch.device("meta"):  # without memory for the weights
+    if not eval_only:
+        with torch.device("meta"):  # to count the parameters without memory for them
             n_all = sum(p.numel() for p in make_models(cfg, Tokenizer(task.words))[0].parameters())
-        print(f"{n_all / 1e6:.2f}M parameters: weights, their average, gradients and AdamW's states take "
-              f"{20 * n_all / 1e9:.2g} GB, besides the activations.", flush=True)
+        print(f"{n_all / 1e6:.2f}M parameters: weights, their average, gradients and the optimizer's states take at "
+              f"most {20 * n_all / 1e9:.2g} GB, plus the activations.", flush=True)
 
         # The documents, and a new VAE and model if there is no checkpoint.
         torch.manual_seed(run.seed)
@@ -537,6 +553,7 @@ def main(argv=None):
             averaged, vae = make_models(cfg, Tokenizer(task.words))
             averaged.to(device).requires_grad_(False)
             vae.to(device)
+            # Each picture once, although several documents of a folder have the same one.
             pictures = {id(part): part for document in documents for part in unconditional(document)}
             if pictures:  # the task may be text alone
                 print(f"Training the VAE on {len(pictures)} pictures, {run.vae_steps} steps.", flush=True)
@@ -548,8 +565,7 @@ def main(argv=None):
         in_parts = [documents[i : i + 1024] for i in range(0, len(documents), 1024)]
         documents = [document for part in in_parts for document in encode_pictures(part, vae)]
 
-        # The model that is trained. `averaged` follows it, and is what is scored and sampled from.
-        averaged.cfg = cfg
+        # The model that is trained. `averaged` is its moving average, which is scored and sampled from.
         model = copy.deepcopy(averaged).requires_grad_(True)
         optimizers = make_optimizers(model, run)
         loss_of = Loss(model)
@@ -569,17 +585,17 @@ def main(argv=None):
         n_params = sum(p.numel() for p in model.parameters()) - model.token_embedding.weight.numel()
         tokens = averaged.pack(documents[:1024]).tokens
         positions_per_document = (tokens != PAD).sum().item() / len(tokens)
-        flops = 6 * n_params * positions_per_document * run.batch_size * run.steps
-        print(f"Training the model, {run.steps} steps of {flops / run.steps:.1e} FLOPs.", flush=True)
+        flops_per_step = 6 * n_params * positions_per_document * run.batch_size
+        print(f"Training the model, {run.steps} steps of {flops_per_step:.1e} FLOPs each.", flush=True)
 
-        interrupted = []  # Ctrl-C lets the step finish first
+        interrupted = []  # not empty after Ctrl-C, which lets the step finish first
         on_interrupt(lambda: interrupted.append(True))
-        bar = tqdm(range(first_step, run.steps), "model", run.steps, initial=first_step, disable=rank > 0 or None)
+        bar = progress_bar(range(first_step, run.steps), "model", total=run.steps, initial=first_step)
         for step in bar:
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(run, step) * group.get("lr_scale", 1)
-            # The randomness of a step follows from its number, so a resumed run and all processes repeat it.
+            # Seed each step by its number, so that all processes, and a resumed run, draw the same random numbers.
             torch.manual_seed(run.seed * 1_000_000 + step)
             chosen = torch.randint(len(documents), (run.batch_size,)).tolist()
             batch = model.training_batch([documents[j] for j in chosen])
@@ -602,7 +618,8 @@ def main(argv=None):
                 optimizer.zero_grad()
             losses.append((loss_text, loss_image))
             decay = min(run.ema, (1 + step) / (10 + step))  # a short memory at first
-            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
             bar.set_postfix(text=f"{loss_text:.3f}", image=f"{loss_image:.3f}")
             if rank > 0:
                 continue
@@ -617,7 +634,6 @@ def main(argv=None):
                 shown = {name: value for name, value in row.items() if name.startswith(SHOWN_WHILE_TRAINING)}
                 tqdm.write(f"step {step + 1}  " + "  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
             if is_evaluation or interrupted:
-                minutes = minutes_before + (time.time() - start_time) / 60
                 checkpoint = {
                     "cfg": asdict(cfg),
                     "run": asdict(run),
@@ -628,8 +644,8 @@ def main(argv=None):
                     "ema": averaged.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "step": step + 1,
-                    "minutes": minutes,
-                    "flops": flops,
+                    "minutes": minutes_before + (time.time() - start_time) / 60,
+                    "flops": flops_per_step * (step + 1),
                     "checksum": checksum,
                     "losses": losses,  # since the last evaluation
                     "history": history,
@@ -640,17 +656,17 @@ def main(argv=None):
                     write_progress(directory, history, drawings)
             if interrupted:
                 sys.exit(f"Saved at step {step + 1}. To continue: python train.py --resume --run {directory}")
-        if n_processes > 1:
-            dist.destroy_process_group()
-        if rank > 0:
-            return
-        minutes = checkpoint["minutes"]
-        write_progress(directory, history, drawings)
+        if history and rank == 0:
+            write_progress(directory, history, drawings)
 
+    if n_processes > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
     on_interrupt(f"Stopped while scoring. To score the checkpoint: python train.py --eval-only --run {directory}")
     about = {
-        "command": command, "minutes": minutes, "flops": flops, "device": str(device), "cores": os.cpu_count(),
-        "torch": torch.__version__, "cfg": asdict(cfg), "run": asdict(run),
+        "command": command, "minutes": checkpoint["minutes"], "flops": checkpoint["flops"], "device": str(device),
+        "cores": os.cpu_count(), "torch": torch.__version__, "cfg": asdict(cfg), "run": asdict(run),
     }
     write_scores(Trained(averaged, vae, run), task, directory, about)
 

@@ -1,7 +1,7 @@
 """Compare finished runs: python -m data.compare runs/shapes runs/chameleon
 
-Prints a Markdown table with one row per run and the command that trained it, and writes compare.png: the drawings
-of all runs, one row for each evaluation.
+Prints a Markdown table with one row per run, including the command that trained it, and writes compare.png: the
+drawings of all runs, one row for each evaluation.
 """
 
 import json
@@ -32,7 +32,7 @@ def main(argv=None):
         try:
             rows.append(table_row(directory, json.loads((directory / "metrics.json").read_text())))
         except (OSError, ValueError, KeyError) as error:
-            sys.exit(f"{directory} is not a finished run of this version: its metrics.json cannot be read ({error}).")
+            sys.exit(f"{directory} is not a finished run of this version: metrics.json cannot be read ({error}).")
         if (directory / "progress.png").is_file():  # a run on text alone draws nothing
             picture = Image.open(directory / "progress.png").convert("RGB")
             columns.append(plots.titled(picture.crop((0, 0, picture.width // 2, picture.height)), directory.name))

@@ -1,6 +1,6 @@
-"""What a model is trained on: documents of the toy world, and the examples that it is scored on.
+"""The documents that a model is trained on, and the examples that it is scored on.
 
-A document is a list of parts in reading order, each a str or a picture, uint8 (32, 32, 3).
+A document is a list of parts in reading order, each of which is a str or a picture, uint8 (32, 32, 3).
 """
 
 import copy
@@ -12,9 +12,9 @@ from transfusion import unconditional
 
 TEXT_ONLY = 0.1  # share of the documents that are text alone
 SINGLE = 0.2  # share of the captioned pictures that show a single thing
-SIMILAR = 0.25  # share that show things of one colour or one shape, beside those that come by chance
+SIMILAR = 0.25  # share chosen to show things of the same colour or shape (others do so by chance)
 EDITS = 0.5  # share of the documents that are edits, in the task "edit"
-EDIT_KINDS = ("make", "make", "make", "move", "move", "swap")  # how often each kind of edit is trained on
+EDIT_KINDS = ("make", "make", "make", "move", "move", "swap")  # in the proportions of the training data
 
 def is_similar(scene):
     """Do all things have the same colour, or all the same shape?"""
@@ -54,9 +54,9 @@ def edit_document(rng, caption_first):
     return shapes_document(rng, caption_first)
 
 def make_documents(make_document, n, seed, caption_first=0.5, unconditional_share=0.1):
-    """n training documents, by one of the functions above.
+    """n training documents, made by one of the functions above.
 
-    Of those with text before a picture, a share is in the unconditional form. NOT STATED: how large it is.
+    A share of those with text before a picture lose their text. NOT STATED: how large that share is.
     """
     rng = random.Random(seed)
     documents = []
@@ -73,12 +73,12 @@ def text_before_picture(document):
     return any(first and not second for first, second in zip(kinds, kinds[1:]))
 
 def entropy(kind, scenes, task, caption_first, unconditional_share):
-    """-log P of the documents of these scenes under the grammar, in nats: the floor of a model's loss on them.
+    """-log P of the documents of these scenes under the grammar, in nats: the lowest possible loss on them.
 
     "text" is a document of text alone. "caption" is a caption that comes first, up to the token after it. The grammar
-    chooses the kind of document, the arrangement, and the end at which its description starts; the words then follow.
-    It may choose any arrangement, held out or not: this is the cost for a model that knows the grammar and remembers
-    nothing.
+    chooses the kind of document, the arrangement, and the end from which it is described; this determines the words. It
+    may choose any arrangement, held out or not: this is the loss of a model that knows the grammar but has memorised no
+    arrangement.
     """
     n_arrangements = len(shapes.ARRANGEMENTS)
     n_similar = sum(map(is_similar, shapes.ARRANGEMENTS))
@@ -91,15 +91,15 @@ def entropy(kind, scenes, task, caption_first, unconditional_share):
             if is_similar(scene):
                 probability += SIMILAR / n_similar
             probability *= 1 - TEXT_ONLY
-            if task != "text":  # with pictures, a caption may come last or be left out
+            if task != "text":  # if there are pictures, the caption may also come last or be removed
                 probability *= caption_first * (1 - unconditional_share)
         if task == "edit":
             probability *= 1 - EDITS
-        total -= math.log(probability / 2)  # described from one of two ends
+        total -= math.log(probability / 2)  # each of the two ends is equally likely
     return total
 
 def examples(split, n, seed):
-    """n examples of a split: (Scene, caption, picture). An arrangement may come twice, drawn anew."""
+    """n examples of a split: (Scene, caption, picture). An arrangement may occur twice, with two different pictures."""
     rng = random.Random(seed)
     result = []
     for _ in range(n):
@@ -115,10 +115,10 @@ def edit_example(rng, split, kinds=("make", "move", "swap")):
         possible = [edit for edit in shapes.edits(before)[kind].items() if shapes.split(edit[1]) == split]
         if possible:
             instruction, after = shapes.pick(rng, possible)
-            edited = shapes.render(after, copy.copy(rng))  # the same random positions as in the picture before
+            edited = shapes.render(after, copy.copy(rng))  # the same random shifts as in the unedited picture
             return before, after, shapes.render(before, rng), instruction, edited
 
 def edit_examples(split, n, seed):
-    """n edits of a split, each kind as often."""
+    """n edits of a split. All kinds are equally likely."""
     rng = random.Random(seed)
     return [edit_example(rng, split) for _ in range(n)]

@@ -1,9 +1,9 @@
-"""A folder of pictures with captions to train on: the emoji of this machine's font, with their Unicode names.
+"""A folder of pictures with captions to train on: the emoji of a font on this machine, with their Unicode names.
 
     python -m data.emoji emoji                      about 2,000 pictures, to emoji/
     python train.py --data emoji
 
-The font is Noto Color Emoji, in the SIL Open Font License (Debian's package fonts-noto-color-emoji).
+The font is Noto Color Emoji, under the SIL Open Font License (Debian's package fonts-noto-color-emoji).
 """
 
 import csv
@@ -16,14 +16,14 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 FONT = "NotoColorEmoji.ttf"  # Pillow searches the font directories of the system
-FONT_SIZE, PICTURE_SIZE = 109, (136, 128)  # the one size that the font has, in pixels
+FONT_SIZE, PICTURE_SIZE = 109, (136, 128)  # in pixels; the font has only this size
 SKIN_TONES = {
     "\U0001F3FB": "light", "\U0001F3FC": "medium light", "\U0001F3FD": "medium", "\U0001F3FE": "medium dark",
     "\U0001F3FF": "dark",
 }
 JOINER = "\u200d"
 PEOPLE = {"\U0001F468": "man", "\U0001F469": "woman"}
-TOOLS = {  # a person joined with one of these has its profession
+TOOLS = {  # joined with one of these, a person becomes a professional
     "\u2695\ufe0f": "health worker", "\U0001F33E": "farmer", "\U0001F373": "cook", "\U0001F393": "student",
     "\U0001F3A4": "singer", "\U0001F3A8": "artist", "\U0001F3EB": "teacher", "\U0001F3ED": "factory worker",
     "\U0001F4BB": "technologist", "\U0001F4BC": "office worker", "\U0001F527": "mechanic", "\U0001F52C": "scientist",
@@ -34,7 +34,7 @@ def all_emoji(font):
     """Pairs of (text, caption), for all emoji that the font can draw."""
     for character in map(chr, [*range(0x2000, 0x3300), *range(0x1F000, 0x1FB00)]):
         name = unicodedata.name(character, "").lower()
-        is_part = "regional indicator" in name or "fitzpatrick" in name  # of a flag, or a skin tone
+        is_part = "regional indicator" in name or "fitzpatrick" in name  # part of a flag, or a skin tone
         if name and not is_part and is_one_picture(character, font):
             yield character, name
             for tone, of_tone in SKIN_TONES.items():
@@ -47,14 +47,14 @@ def all_emoji(font):
                 yield person + tone + JOINER + tool, f"{who} {profession}, {of_tone} skin tone"
 
 def is_one_picture(text, font):
-    """Does the font have this text as one picture? What it lacks is empty, or several pictures side by side."""
+    """Does the font have this text as one picture? Text that it lacks is drawn as nothing, or as several pictures."""
     try:
         return font.getbbox(text) == (0, 0, *PICTURE_SIZE)
-    except RuntimeError:  # the layout of some characters fails
+    except RuntimeError:  # Pillow cannot lay out some characters
         return False
 
 def draw(text, font):
-    """The emoji on white."""
+    """Draw the emoji on a white background."""
     picture = Image.new("RGB", PICTURE_SIZE, "white")
     ImageDraw.Draw(picture).text((0, 0), text, font=font, embedded_color=True)
     return picture
@@ -62,12 +62,12 @@ def draw(text, font):
 def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a new folder for the pictures and metadata.csv")
-    parser.add_argument("--font", default=FONT, help="file of the font [%(default)s]")
+    parser.add_argument("--font", default=FONT, help="font file [%(default)s]")
     args = parser.parse_args(argv)
     try:
         font = ImageFont.truetype(args.font, FONT_SIZE)
     except OSError:
-        sys.exit(f"There is no font {args.font} here: install Noto Color Emoji, or name its file with --font.")
+        sys.exit(f"The font {args.font} was not found: install Noto Color Emoji, or name its file with --font.")
     try:
         args.folder.mkdir(parents=True)
     except OSError as error:

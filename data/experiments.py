@@ -1,11 +1,11 @@
-"""The paper's tables at toy scale, with several seeds a row:
+"""The paper's tables at toy scale, with several seeds per row:
 
     python -m data.experiments --list                  the tables, and how long they take
-    python -m data.experiments attention target        train what these two need, and print them as Markdown
+    python -m data.experiments attention target        train the runs of two tables, and print the tables
     python -m data.experiments --show --results data/results.json     print the published results, without training
 
-Every run trains on one thread and goes to runs/experiments. A run that has ended is not repeated, and one that was
-interrupted goes on. To add a row, add a line to RUNS and one to a table.
+Every run trains on one thread and goes to runs/experiments. Finished runs are not repeated, and interrupted runs are
+resumed. To add a row, add a line to RUNS and one to a table.
 """
 
 import json
@@ -29,9 +29,9 @@ from data.files import save_png, write_atomically
 TRAIN = Path(__file__).parents[1] / "train.py"
 DIRECTORY = Path("runs/experiments")
 
-# Options of train.py. The runs of the first group have about the FLOPs of the default, those of the second its steps
-# (Chameleon the same FLOPs). Those of the third group, which learn more slowly, have twice its FLOPs, and those of the
-# fourth the steps, or the FLOPs, of `eps`, at other widths.
+# Options of train.py. The first group has about the FLOPs of the default. The second has its number of steps, at other
+# widths (and Chameleon the same FLOPs). The third learns more slowly, and has twice the FLOPs of the default. The
+# fourth has other widths, too: linear patches with the steps of `eps`, and U-Nets with the same FLOPs.
 RUNS = {
     "default": "",
     "causal": "--no-bidirectional",
@@ -63,7 +63,7 @@ RUNS = {
     "large-eps": "--dim 128 --n-heads 8 --steps 6600 --target eps --t-power 1",
     "large-eps-unet": "--dim 128 --n-heads 8 --steps 4830 --target eps --t-power 1 --patch-encoder unet",
 }
-# The paper's choices, at the size of the toy.
+# The paper's choices, at toy scale.
 PAPER = ("--preset laptop-paper --n-layers 6 --batch-size 64 --caption-first 0.8 --guidance-scale 3 "
          "--sample-steps 250 --eta 1")
 RUNS["paper-unet-short"] = f"{PAPER} --patch-encoder unet --steps 5400 --eval-every 1350"  # about half an hour
@@ -71,17 +71,17 @@ RUNS["paper-linear-short"] = f"{PAPER} --steps 7700 --eval-every 1925"
 RUNS["paper-unet"] = f"{PAPER} --patch-encoder unet --steps 9000 --eval-every 1500"
 RUNS["paper-linear"] = f"{PAPER} --steps 12000 --eval-every 2000"
 RATES = "2e-3", "4e-3", "8e-3", "16e-3"
-for rate in RATES:  # the search of the learning rate, on validation
+for rate in RATES:  # the learning-rate search, on the validation split
     RUNS[f"default-{rate}"] = f"--steps 3300 --eval-split val --lr {rate}"
     RUNS[f"chameleon-{rate}"] = f"--steps 3300 --eval-split val --lr {rate} --model chameleon"
 
 class Table(NamedTuple):
-    """What a table compares, and what is shown of it."""
+    """What a table compares, and which scores and curves it shows."""
     title: str
-    rows: dict  # {what a row is: (name of the run, what the paper found)}
+    rows: dict  # {label of a row: (name of the run, the paper's result)}
     scores: tuple  # the columns
     curves: tuple = ()  # the scores whose learning curves are drawn
-    parity: tuple = ()  # pairs of runs: how many of the second one's FLOPs does the first need for its scores?
+    parity: tuple = ()  # pairs of runs: what share of the second run's FLOPs does the first need to match it?
 
 PICTURE_SCORES = "draw_acc", "frechet", "caption_acc"
 ACCURACIES = "draw_acc", "caption_acc"
@@ -101,7 +101,7 @@ TABLES = {
         (("small", "small-chameleon"), ("default", "chameleon"), ("large", "large-chameleon")),
     ),
     "text": Table(
-        "What images cost the text (the paper's table 4)",
+        "Do images hurt the text? (the paper's table 4)",
         {
             "text alone": ("text", "C4 10.1 (0.76B)"),
             "Transfusion": ("default", "C4 10.4"),
@@ -135,7 +135,7 @@ TABLES = {
         PICTURE_SCORES, ACCURACIES,
     ),
     "size": Table(
-        "U-Net over linear patches by size, target eps (the paper's table 7)",
+        "U-Net and linear patches by model size, target eps (the paper's table 7)",
         {
             "linear, width 64": ("small-eps", "FID 37.6, CIDEr 6.2 (0.16B)"),
             "U-Net, width 64": ("small-eps-unet", "FID 18.8, CIDEr 15.3 (0.16B)"),
@@ -155,7 +155,7 @@ TABLES = {
         PICTURE_SCORES,
     ),
     "target": Table(
-        "Target by patch encoder (not in the paper, whose target is eps)",
+        "Targets and patch encoders (not in the paper, whose target is eps)",
         {
             "eps, linear": ("eps", "FID 20.3, CIDEr 16.0 (0.76B)"),
             "eps, U-Net": ("eps-unet", "FID 16.7, CIDEr 25.4"),
@@ -167,7 +167,7 @@ TABLES = {
         PICTURE_SCORES, ACCURACIES,
     ),
     "recipe": Table(
-        "The paper's recipe, given time: eps, uniform t, 0.8 of captions first, guidance 3, 250 ancestral steps",
+        "The paper's recipe, trained longer: eps, uniform t, 0.8 of captions first, guidance 3, 250 ancestral steps",
         {
             "linear": ("paper-linear-short", "FID 20.3, CIDEr 16.0 (0.76B)"),
             "U-Net": ("paper-unet-short", "FID 16.7, CIDEr 25.4"),
@@ -177,7 +177,7 @@ TABLES = {
         PICTURE_SCORES, ACCURACIES,
     ),
     "learning-rate": Table(
-        "The learning rate, on validation",
+        "The learning rate, on the validation split",
         {f"{model}, {rate}": (f"{run}-{rate}", "")
          for (model, run), rate in product({"Transfusion": "default", "Chameleon": "chameleon"}.items(), RATES)},
         (*PICTURE_SCORES, "text_ppl"),
@@ -187,28 +187,28 @@ TABLES = {
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 def is_finished(results, name, seed):
-    """Do the results have this run, with the options that it has today?"""
+    """Do the results contain this run, with its current options?"""
     result = results.get(f"{name}-{seed}")
     return result is not None and result["options"] == RUNS[name]
 
 def train(name, seed):
-    """Train a run to its end, or go on with it. Returns its result, or a sentence that says what went wrong."""
+    """Train a run, or resume it. Returns its result, or an error message."""
     directory = DIRECTORY / f"{name}-{seed}"
     options = ["--run", str(directory), "--seed", str(seed), *RUNS[name].split()]
     if (directory / "ckpt.pt").is_file():
         if json.loads((directory / "run.json").read_text())["command"] != " ".join(["python train.py", *options]):
-            return f"{directory} was trained with other options than RUNS has today: move it away."
+            return f"{directory} was trained with options other than those in RUNS. Move it away."
         options = ["--run", str(directory), "--resume"]
     if not (directory / "metrics.json").is_file():
         with open(DIRECTORY / f"{name}-{seed}.log", "a") as log:
             one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
             code = subprocess.call([sys.executable, TRAIN, *options], stdout=log, stderr=log, env=one_thread)
         if code != 0:
-            return f"{directory} was not trained to its end: see {log.name}."
+            return f"{directory} did not finish training: see {log.name}."
     return read_result(directory, RUNS[name])
 
 def read_result(directory, options):
-    """What results.json keeps of a run."""
+    """The part of a run that results.json stores."""
     metrics = json.loads((directory / "metrics.json").read_text())
     header, *rows = [line.split(",") for line in (directory / "log.csv").read_text().splitlines()]
     steps = metrics["run"]["steps"]
@@ -224,7 +224,7 @@ def read_result(directory, options):
     }
 
 def train_all(missing, jobs, results, path):
-    """Train these (name, seed), several at once, and write the results whenever one has ended."""
+    """Train these (name, seed) pairs, several at a time. Write the results each time one finishes."""
     complaints = []
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool:
@@ -238,7 +238,7 @@ def train_all(missing, jobs, results, path):
                 print(f"{name}, seed {seed}: {result['minutes']:.1f} minutes", flush=True)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
-            sys.exit("Stopped. The same command goes on from here.")
+            sys.exit("Stopped. Run the same command to continue.")
     if complaints:
         sys.exit("\n".join(complaints))
 
@@ -254,7 +254,7 @@ def mean_and_range(values, digits=3):
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 def results_of(results, run):
-    """The results of all seeds of a run, with the options that it has today."""
+    """The results of all seeds of a run, with its current options."""
     of_run = [result for key, result in results.items() if key.rpartition("-")[0] == run]
     return [result for result in of_run if result["options"] == RUNS[run]]
 
@@ -273,18 +273,18 @@ def markdown(table, results):
     return "\n".join(lines)
 
 def mean_curve(results, run, score):
-    """FLOPs of a run's evaluations, and the mean of the score over its seeds. Two arrays of one length."""
+    """FLOPs of a run's evaluations, and the mean of the score over its seeds. Returns two arrays of equal length."""
     curves = [result["curves"] for result in results_of(results, run)]
     return [np.mean([curve[column] for curve in curves], axis=0) for column in ("flops", score)]
 
 def parity(results, run, baseline, score):
-    """The share of the baseline's FLOPs at which the run reaches the baseline's last score; None if it never does.
+    """The share of the baseline's FLOPs at which the run reaches the baseline's final score; None if it never does.
 
-    It is read from the mean curves, on validation, with straight lines between evaluations.
+    It is read from the mean curves, on validation, by linear interpolation between evaluations.
     """
     flops, values = mean_curve(results, run, score)
     baseline_flops, baseline_values = mean_curve(results, baseline, score)
-    sign = 1 if score.endswith("_acc") else -1  # of a distance or a perplexity, less is better
+    sign = 1 if score.endswith("_acc") else -1  # for a distance or a perplexity, lower is better
     ahead = sign * (values - baseline_values[-1])
     if ahead.max() < 0:
         return None
@@ -293,9 +293,9 @@ def parity(results, run, baseline, score):
     return float(reached_at / baseline_flops[-1])
 
 def parity_markdown(table, results):
-    """Parity in the scores of pictures, as Markdown, for the pairs that have results.
+    """Parity in the picture scores, as Markdown, for pairs with results.
 
-    Not in text_ppl, where all models of the toy soon are near the floor.
+    text_ppl is left out, because all models soon come close to the best value.
     """
     labels = {run: label for label, (run, _) in table.rows.items()}
     lines = ["| FLOPs for parity | " + " | ".join(PICTURE_SCORES) + " |", "|" + "---|" * (1 + len(PICTURE_SCORES))]
@@ -307,16 +307,16 @@ def parity_markdown(table, results):
     return "\n".join(lines) if len(lines) > 2 else ""
 
 def draw_curves(table, results, score):
-    """A Pillow image: the score over FLOPs, a thin line for each seed and a thick one for their mean."""
+    """A Pillow image: the score against FLOPs, a thin line for each seed and a thick one for their mean."""
     lines = {}
     for label, (run, _) in table.rows.items():
         curves = [(result["curves"]["flops"], result["curves"][score]) for result in results_of(results, run)]
         if curves:
             lines[label] = curves
-    return plots.learning_curves(lines, f"{score} on validation, over training FLOPs")
+    return plots.learning_curves(lines, f"{score} on validation, against training FLOPs")
 
 def draw_examples(table, n=8):
-    """A Pillow image: true pictures of n validation captions, then what each row drew for them at its end (seed 0)."""
+    """A Pillow image: true pictures of n validation captions, then each row's final drawings for them (seed 0)."""
     first_row = plots.row_of([picture for _, _, picture in examples("val", 32, 0)][:n])
     rows = [plots.titled(first_row, "true pictures")]
     for label, (run, _) in table.rows.items():
@@ -338,13 +338,13 @@ def print_list(results, seeds):
 
 def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)} [all]")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each [%(default)s]")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"tables to print: {', '.join(TABLES)} [all]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to train [0 1 2]")
+    parser.add_argument("--jobs", type=int, default=2, help="number of runs at a time, one thread each [%(default)s]")
     parser.add_argument("--results", type=Path, default=DIRECTORY / "results.json",
-                        help="where results are collected; what it has is not trained [%(default)s]")
+                        help="file that collects results; runs in it are not trained again [%(default)s]")
     parser.add_argument("--figures", type=Path, default=DIRECTORY,
-                        help="directory of learning curves and drawings [%(default)s]")
+                        help="directory for learning curves and drawings [%(default)s]")
     parser.add_argument("--show", action="store_true", help="print the tables from the results, without training")
     parser.add_argument("--list", action="store_true", help="only show the tables, their runs and times")
     args = parser.parse_args(argv)
@@ -363,7 +363,7 @@ def main(argv=None):
     runs = dict.fromkeys(run for table in tables.values() for run, _ in table.rows.values())
     missing = [(run, seed) for seed, run in product(args.seeds, runs) if not is_finished(results, run, seed)]
     if missing and not args.show:
-        print(f"Training {len(missing)} runs, {args.jobs} at once, to {DIRECTORY}.", flush=True)
+        print(f"Training {len(missing)} runs, {args.jobs} at a time, in {DIRECTORY}.", flush=True)
         train_all(missing, args.jobs, results, args.results)
     args.figures.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():

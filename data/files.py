@@ -1,4 +1,4 @@
-"""Reading pictures of any kind, and writing files so that nobody ever finds half of one."""
+"""Reading pictures of any kind, and writing files so that a half-written file is never seen."""
 
 import os
 
@@ -8,18 +8,18 @@ from PIL import Image, ImageOps
 def load_picture(file, size):
     """uint8 (size, size, 3) from any picture file: the middle square, scaled by averaging, on white.
 
-    Of an animation, the first frame. A photo is turned as its EXIF data says. Raises ValueError with one sentence if
-    there is no such file, or if it is not a picture that can be read.
+    Takes the first frame of an animation. Rotates a photo as its EXIF data says. Raises ValueError, with a one-sentence
+    message, if there is no such file, or if it is not a picture that can be read.
     """
     try:
         with Image.open(file) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # 16 bits of grey, which Pillow would clip to 255
+            if image.mode.startswith("I;16"):  # 16-bit greyscale, which Pillow would clip to 255
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             image = image.convert("RGB").convert("RGBA") if image.mode == "CMYK" else image.convert("RGBA")
     except FileNotFoundError:
         raise ValueError(f"There is no picture at {file}.") from None
-    except Exception as error:  # Pillow's decoders raise errors of many kinds
+    except Exception as error:  # Pillow's decoders raise many kinds of errors
         raise ValueError(f"{file} is not a picture that can be read: {error}") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return np.array(ImageOps.fit(image, (size, size), Image.BOX))

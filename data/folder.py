@@ -1,8 +1,8 @@
 """Your own pictures and captions: train.py --data FOLDER
 
-Captions come from metadata.jsonl or metadata.csv (columns file_name and text), as in the ImageFolder convention; else
-from a .txt file of the same name beside each picture; else the name of its sub-folder is the caption. A folder that has
-train/ and validation/ brings its own split. Otherwise 5 % of the pictures are held out.
+Captions come from metadata.jsonl or metadata.csv (columns file_name and text), as in the ImageFolder convention. If
+there is none, they come from a .txt file of the same name beside each picture, or else from the name of its subfolder.
+A folder with train/ and validation/ has its own split. Otherwise 5 % of the pictures are held out.
 """
 
 import csv
@@ -18,13 +18,14 @@ from tqdm import tqdm
 from data.files import load_picture
 
 HELD_OUT = 0.05  # share of the pictures
-FEWEST = 20  # pictures without which there is nothing to learn from
-LONGEST = 1000  # characters of a caption
+FEWEST = 20  # the smallest number of pictures worth training on
+LONGEST = 1000  # the most characters in a caption
 
 def load_folder(folder, size):
     """Returns (training pairs, held-out pairs), each a list of (caption, picture). Pictures are uint8 (size, size, 3).
 
-    Prints which pictures were skipped, and why. Raises ValueError, with one sentence, if the folder cannot be used.
+    Prints which pictures were skipped, and why. Raises ValueError, with a one-sentence message, if the folder
+    cannot be used.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -48,7 +49,7 @@ def find_captions(folder):
     for name, read in (("metadata.jsonl", read_jsonl), ("metadata.csv", read_csv)):
         if (folder / name).is_file():
             return [named_picture(folder, name, row) for row in read(folder / name)]
-    suffixes = Image.registered_extensions()  # of everything that Pillow can read
+    suffixes = Image.registered_extensions()  # of all file formats that Pillow knows
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     with_text = [(path, path.with_suffix(".txt")) for path in pictures if path.with_suffix(".txt").is_file()]
     if with_text:
@@ -78,10 +79,10 @@ def read_text(file):
         raise ValueError(f"{file} cannot be read as UTF-8: {error}.") from None
 
 def named_picture(folder, metadata, row):
-    """(path, caption) of a row of metadata. Files outside the folder are refused."""
+    """(path, caption) from one row of metadata. Rejects files outside the folder."""
     names = [row.get(column) for column in ("file_name", "text")] if isinstance(row, dict) else [None]
     if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{folder / metadata} needs file_name and text in every row, but one is {str(row)[:80]}.")
+        raise ValueError(f"{folder / metadata} needs file_name and text in every row, but one row is {str(row)[:80]}.")
     path = folder / names[0]
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{folder / metadata} names a file outside its folder: {names[0]}.")
@@ -90,7 +91,7 @@ def named_picture(folder, metadata, row):
 # ---- Reading the pictures --------------------------------------------------------------------------------------------
 
 def load_pairs(found, size):
-    """A list of (caption, picture), read in parallel. What cannot be read is skipped and listed."""
+    """A list of (caption, picture), read in parallel. Pictures that cannot be read are skipped and listed."""
     with ThreadPoolExecutor() as pool:
         read = pool.map(lambda pair: load_pair(*pair, size), found)
         loaded = list(tqdm(read, "reading pictures", len(found), disable=None))
@@ -104,18 +105,18 @@ def load_pairs(found, size):
     return [pair for pair in loaded if not isinstance(pair, str)]
 
 def load_pair(path, caption, size):
-    """(caption, picture), or a sentence that says why it cannot be used."""
+    """(caption, picture), or a sentence that says why the pair cannot be used."""
     try:
         caption = read_text(caption) if isinstance(caption, Path) else caption
         caption = " ".join(caption.split())
         if not 0 < len(caption) <= LONGEST:
-            return f"{path}: its caption has {len(caption)} characters, not 1 to {LONGEST}."
+            return f"{path}: its caption has {len(caption)} characters, but must have 1 to {LONGEST}."
         return caption, load_picture(path, size)
     except ValueError as error:
         return str(error)
 
 def split_by_content(pairs):
-    """Hold out the pictures with the smallest hashes. Exact copies have one hash, so they stay on one side."""
+    """Hold out the pictures with the smallest hashes. Exact copies have the same hash, so they stay together."""
     hashes = [hashlib.sha256(picture.tobytes()).hexdigest() for _, picture in pairs]
     last = sorted(hashes)[max(2, round(HELD_OUT * len(pairs))) - 1]
     train = [pair for pair, of_picture in zip(pairs, hashes) if of_picture > last]
@@ -123,7 +124,7 @@ def split_by_content(pairs):
     return train, held_out
 
 def frequent_words(captions, fewest=3, most=4000):
-    """The words that become tokens. All others are spelled in bytes."""
+    """The words that become tokens. All others are encoded as bytes."""
     counts = Counter(word for caption in captions for word in caption_words(caption))
     return sorted(word for word, n in counts.most_common(most) if n >= fewest)
 

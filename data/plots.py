@@ -1,6 +1,6 @@
-"""Every picture that is written for people: rows, grids, the mask, GIFs, and pictures in a terminal.
+"""All pictures for human readers: rows, grids, the mask, charts, GIFs, and pictures in a terminal.
 
-A picture is uint8 (H, W, 3); what is returned is a Pillow image, unless a docstring says otherwise.
+A picture is uint8 (H, W, 3). Functions return a Pillow image, unless a docstring says otherwise.
 """
 
 import math
@@ -13,13 +13,13 @@ from PIL import Image, ImageDraw, ImageFont
 RED, BLACK = (200, 0, 0), (0, 0, 0)
 
 def enlarge(picture, height=128):
-    """A picture as many times its size, 1 at least, as fit the height."""
+    """Enlarge a picture by the largest whole number (at least 1) that fits the height."""
     picture = Image.fromarray(picture)
     scale = max(1, height // picture.height)
     return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
 
 def row_of(pictures, gap=4):
-    """Pictures in a row, with a white gap on the right of each and below."""
+    """Pictures in a row, with a white gap to the right of and below each."""
     width, height = enlarge(pictures[0]).size
     row = Image.new("RGB", (len(pictures) * (width + gap), height + gap), "white")
     for i, picture in enumerate(pictures):
@@ -64,7 +64,7 @@ def captioned_grid(pictures, captions, correct, columns=6):
     return grid
 
 def mask_picture(mask, names, is_patch, cell=24, margin=64):
-    """A boolean attention mask (T, T): a row for each query, coloured where it may see the key; red within an image."""
+    """A boolean attention mask (T, T): one row per query, coloured where it attends to the key, red within an image."""
     side = margin + cell * len(names)
     picture = Image.new("RGB", (side, side), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
@@ -86,7 +86,7 @@ def mask_picture(mask, names, is_patch, cell=24, margin=64):
     return picture
 
 def save_gif(pictures, path):
-    """Write pictures as an animation, the last one standing still for a while."""
+    """Write pictures as an animation, and hold the last one for a moment."""
     frames = [enlarge(picture, 256) for picture in pictures]
     durations = [40] * (len(frames) - 1) + [1500]  # milliseconds
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
@@ -103,9 +103,9 @@ LINE_COLOURS = [(31, 119, 180), (214, 80, 40), (44, 150, 44), (148, 80, 190), (2
                 (230, 120, 180), (0, 170, 190)]
 
 def learning_curves(lines, title, width=640, height=320):
-    """{label: [(xs, ys) of each seed]} -> a chart: thin lines, and their mean as a thick one.
+    """{label: [(xs, ys) of each seed]} -> a chart with a thin line per seed and a thick line for their mean.
 
-    The vertical axis goes from 0 to 1, or else from the smallest to the largest value.
+    The vertical axis runs from 0 to 1 if all values fit, or else from the smallest to the largest.
     """
     left, top, right, bottom = 48, 30, width - 190, height - 30
     x_max = max(xs[-1] for curves in lines.values() for xs, _ in curves)
@@ -115,7 +115,7 @@ def learning_curves(lines, title, width=640, height=320):
     chart = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(chart), ImageFont.load_default(12)
     pen.text((left, 6), title, BLACK, font)
-    for i in range(5):  # a grid, with the numbers of both axes
+    for i in range(5):  # a grid, and the numbers on both axes
         x, y = left + (right - left) * i / 4, bottom - (bottom - top) * i / 4
         pen.line((left, y, right, y), (225, 225, 225))
         pen.text((left - 6, y), f"{y_min + y_range * i / 4:.3g}", BLACK, font, anchor="rm")

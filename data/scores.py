@@ -1,12 +1,11 @@
-"""How text, captions, drawings and edits are scored, each beside its floor, ceiling or chance.
+"""How text, captions, drawings and edits are scored, each with a value to compare it with.
 
-What is scored is anything that writes and draws. It has these methods, in terms of sentences and pictures, uint8
-(N, H, W, 3):
+A model can be scored if it has the methods below. Texts are str, and pictures are uint8 (N, H, W, 3):
 
-    log_likelihood(texts, draws)      log P and number of tokens of each text, and of what follows it: BOI if `draws`
-                                      is true, else EOS
-    log_likelihood_after(pictures, captions)    the same of each caption, after its picture
-    diffusion_loss(captions, pictures)          of each picture, after its caption; None without diffusion
+    log_likelihood(texts, draws)      log P and number of tokens of each text, including the token after it: BOI if
+                                      `draws`, else EOS
+    log_likelihood_after(pictures, captions)    the same for each caption, given its picture
+    diffusion_loss(captions, pictures)          for each picture, given its caption; None without diffusion
     caption(pictures)                 a caption for each picture
     draw(prompts, guidance_scale)     the next picture of each document
     reconstruct(pictures)             the pictures after the VAE's encoder and decoder
@@ -23,17 +22,17 @@ import numpy as np
 from data import shapes
 
 def accuracy(found, wanted):
-    """The share of equal pairs."""
+    """The share of positions at which the lists agree."""
     return sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
 
 def score_perplexity(model, name, texts, draws, entropy=None):
-    """Perplexity per token, beside the grammar's own if its `entropy` of all the texts, in nats, is known."""
+    """Perplexity per token, and that of the true grammar if its `entropy` (of all texts, in nats) is given."""
     log_p, n_tokens = map(sum, model.log_likelihood(texts, draws))
-    beside = "floor unknown" if entropy is None else f"floor {math.exp(entropy / n_tokens):.4f}: the grammar's own"
+    beside = "" if entropy is None else f"best possible {math.exp(entropy / n_tokens):.4f}: the true grammar"
     return {name: (perplexity(log_p, n_tokens), beside)}
 
 def perplexity(log_p, n_tokens):
-    return math.exp(min(-log_p / n_tokens, 100))  # a model that diverged would overflow
+    return math.exp(min(-log_p / n_tokens, 100))  # exp would overflow for a model that diverged
 
 def score_conclusions(model, scenes, flips):
     """How often is the correct conclusion the likeliest of the four relations?"""
@@ -51,7 +50,7 @@ def score_captions(model, scenes, pictures):
     return {"caption_acc": (accuracy(map_all(shapes.parse, captions), scenes), "ceiling 1, floor 0")}
 
 def score_vae(model, scenes, pictures):
-    """What does the VAE lose? Its accuracy is the ceiling of a drawing's."""
+    """What does the VAE lose? Its accuracy is the ceiling for drawings."""
     again = model.reconstruct(pictures)
     blank = np.full_like(pictures, shapes.BACKGROUND)
     scores = {
@@ -66,9 +65,9 @@ def score_vae(model, scenes, pictures):
     return scores
 
 def score_drawings(model, scenes, captions, pictures, guidance_scale, seed):
-    """How often does a drawing show the scene of its caption? Also returns the drawings, and which are correct.
+    """How often does a drawing show the scene of its caption? Also returns the drawings, and whether each is correct.
 
-    Their Frechet distance is to the true pictures of the same scenes.
+    The Frechet distance is between drawings and true pictures of the same scenes.
     """
     drawn = model.draw([[caption] for caption in captions], guidance_scale)
     correct = [shapes.read(picture) == scene for picture, scene in zip(drawn, scenes)]
@@ -80,7 +79,7 @@ def score_drawings(model, scenes, captions, pictures, guidance_scale, seed):
         "draw_acc": (sum(correct) / len(correct), f"ceiling {ceiling:.4f}: VAE; floor 0"),
         "frechet": (
             frechet(drawn, pictures),
-            f"floor {frechet(others, pictures):.4f}: true pictures, {frechet(again, pictures):.4f}: VAE",
+            f"{frechet(others, pictures):.4f}: other true pictures, {frechet(again, pictures):.4f}: VAE",
         ),
     }, drawn, correct
 
@@ -94,10 +93,10 @@ def score_edits(model, edits, guidance_scale):
     return {"edit_acc": value}, drawn, correct
 
 def score_matching(model, captions, pictures, seed, n_choices=8):
-    """Does the model know which captions and pictures belong together? It need not write or draw for that.
+    """Does the model know which captions and pictures belong together? This is tested without generating anything.
 
-    caption_match: of 8 pictures, does its own make a caption the likeliest? draw_match: of 8 captions, does its own
-    give a picture the smallest diffusion loss? The other 7 are drawn at random from those with another caption.
+    caption_match: is a caption most likely after its own picture, among 8? draw_match: does a picture have the smallest
+    diffusion loss after its own caption, among 8? The other 7 are chosen at random from pairs with other captions.
     """
     rng = random.Random(seed)
     n_choices = min(n_choices, len(set(captions)))
@@ -131,10 +130,10 @@ def psnr(a, b):
     return float(10 * np.log10(255**2 / max(error, 1e-10)))
 
 def frechet(a, b):
-    """Frechet distance between two sets of pictures, uint8 (N, H, W, 3): small if they are alike as sets.
+    """Frechet distance between two sets of pictures, uint8 (N, H, W, 3): small if the two sets are similar.
 
-    |mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)), with the means and covariances A and B of 8 x 8 RGB thumbnails, 192
-    numbers in [0, 1]. It sees colours and positions, but of a shape little more than its area.
+    |mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)), where A and B are the covariances of 8 x 8 RGB thumbnails (192
+    numbers in [0, 1]). It is sensitive to colours and positions, but hardly to shapes beyond their area.
     """
     mean_a, cov_a = thumbnail_statistics(a)
     mean_b, cov_b = thumbnail_statistics(b)

@@ -3,8 +3,9 @@
     scene --render--> picture     scene --describe--> caption     scene, instruction --edit--> scene
     scene <--read---- picture     scene <--parse----- caption
 
-Each arrow has an inverse, so no judge model is needed. A drawing is correct when the scene that `read` finds in its
-pixels is the scene that its caption describes. Nothing is downloaded, and a seed gives the same data on every machine.
+Rendering and describing each have an inverse, so no judge model is needed. A drawing is correct when the scene that
+`read` finds in its pixels is the scene that its caption describes. Nothing is downloaded, and a seed gives the same
+data on every machine.
 """
 
 import zlib
@@ -31,16 +32,16 @@ SHAPES = {
     "ring": [("ellipse", (0, 0, 1, 1), 1), ("ellipse", (0.27, 0.27, 0.73, 0.73), 0)],
 }
 OPPOSITE = {"left of": "right of", "above": "below", "right of": "left of", "below": "above"}
-RELATIONS = ["left of", "above"]  # of a Scene; a caption may start at the other end, with the opposite relation
+RELATIONS = ["left of", "above"]  # those of a Scene; a caption may start from the other end, with the opposite relation
 
 class Thing(NamedTuple):
     colour: str
     shape: str
 
 class Scene(NamedTuple):
-    """Things in a row. The relation holds between each thing and the next; a single thing has None.
+    """Things in a row or column. The relation holds between each thing and the next. It is None for a single thing.
 
-    "B below A" is stored as "A above B", so that one arrangement is one Scene.
+    "B below A" is stored as "A above B", so that each arrangement has exactly one Scene.
     """
     things: tuple[Thing, ...]
     relation: str | None = None
@@ -88,7 +89,7 @@ def conclusion(scene, flip=False):
 # ---- Scene and picture -----------------------------------------------------------------------------------------------
 
 def sprite(shape, zoom=16):
-    """The coverage of a shape's EDGE x EDGE pixels, drawn large and averaged down: a Pillow image, 0 to 255."""
+    """How much of each of EDGE x EDGE pixels a shape covers, 0 to 255. A Pillow image, drawn large and scaled down."""
     large = Image.new("L", (EDGE * zoom, EDGE * zoom))
     for method, coordinates, ink in SHAPES[shape]:
         corners = [round(x * (large.width - 1)) for x in coordinates]
@@ -98,9 +99,9 @@ def sprite(shape, zoom=16):
 SPRITES = {shape: sprite(shape) for shape in SHAPES}
 
 def render(scene, rng):
-    """Draw a Scene, its things moved by a few random pixels. Returns uint8 (32, 32, 3). rng is a random.Random."""
+    """Draw a Scene, each thing shifted by a few pixels at random. Returns uint8 (32, 32, 3). rng is a random.Random."""
     picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUND)
-    cell = IMAGE_SIZE // len(scene.things)  # the room for each thing along the row
+    cell = IMAGE_SIZE // len(scene.things)  # the space for each thing along the row
     for i, thing in enumerate(scene.things):
         along = cell * i + cell // 2 + jitter(rng, min(4, (cell - EDGE) // 4))
         across = IMAGE_SIZE // 2 + jitter(rng, 4)
@@ -109,7 +110,7 @@ def render(scene, rng):
     return np.array(picture)
 
 def jitter(rng, most):
-    """A random integer from -most to most. Python keeps the stream of random() the same in all versions."""
+    """A random integer from -most to most. random() gives the same numbers in all versions of Python."""
     return int(rng.random() * (2 * most + 1)) - most
 
 def read(picture, tolerance=0.15):
@@ -177,7 +178,7 @@ def is_arrangement(scene):
     return len(scene.things) > 1 and describe(scene) in CAPTIONS
 
 def edit(scene, instruction):
-    """The scene that an instruction turns this one into; None if the instruction means nothing here."""
+    """The scene that an instruction turns this one into; None if the instruction does not apply."""
     results = {text: after for found in edits(scene).values() for text, after in found.items()}
     return results.get(" ".join(instruction.split()))
 
@@ -187,7 +188,7 @@ EDIT_WORDS = ["make", "the", "move", "to", *SIDES, "swap", "them"]
 WORDS = sorted({*COLOURS, *SHAPES, *" ".join(OPPOSITE).split(), "a", "is", "so", *EDIT_WORDS}) + ["."]
 
 def split(scene):
-    """"test" (10 %), "val" (5 %) or "train". All captions and pictures of an arrangement are on the same side."""
+    """"test" (10 %), "val" (5 %) or "train". All captions and pictures of an arrangement are in the same split."""
     if len(scene.things) == 1:
         return "train"
     bucket = zlib.crc32(describe(scene).encode()) % 100

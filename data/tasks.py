@@ -1,4 +1,4 @@
-"""What a model can be trained on. A task brings its words, its documents, its scores and its own default options.
+"""The tasks that a model can be trained on. A task defines its words, documents, scores and default options.
 
 train.py knows nothing else about it. To train on something else, write a class like these and add it to TASKS.
 """
@@ -19,20 +19,20 @@ from data.scores import (
 )
 
 class Report(NamedTuple):
-    """What an evaluation of n examples found."""
+    """The results of an evaluation on n examples."""
     n: int
     scores: dict  # {score: (value, what to compare it with)}
     pictures: np.ndarray | None = None  # uint8 (N, 32, 32 or 64, 3), drawn at the first guidance scale
-    prompts: tuple = ()  # what each of them should show
-    correct: tuple = ()  # and whether it does
+    prompts: tuple = ()  # what each picture should show
+    correct: tuple = ()  # whether each picture shows it
 
 class Shapes:
-    """Caption and picture in either order, and some text alone."""
+    """Captions and pictures in either order, and some documents of text alone."""
 
     name = "shapes"
     words = shapes.WORDS
     image_size = shapes.IMAGE_SIZE
-    defaults = {}  # options of train.py, where they differ
+    defaults = {}  # options of train.py whose defaults differ
     make_document = staticmethod(shapes_document)
 
     def __init__(self, caption_first, unconditional_share):
@@ -45,7 +45,7 @@ class Shapes:
         return entropy(kind, scenes, self.name, self.caption_first, self.unconditional_share)
 
     def score_text(self, model, split, n, seed, draws):
-        """Perplexities and reasoning, which need no picture. `draws`: does BOI follow a caption, or EOS?"""
+        """The scores that need no picture: perplexity and reasoning. `draws`: is a caption followed by BOI, not EOS?"""
         scenes, captions, _ = zip(*examples(split, n, seed))
         rng = random.Random(seed)
         flips = [rng.random() < 0.5 for _ in scenes]
@@ -57,7 +57,7 @@ class Shapes:
         }
 
     def evaluate(self, model, split, n, seed, guidance_scales):
-        """All scores on n examples of a split. The names of drawing scores after the first scale end in "g=scale"."""
+        """All scores on n examples of a split. At all guidance scales but the first, names end in "g=scale"."""
         scenes, captions, pictures = zip(*examples(split, n, seed))
         pictures = np.stack(pictures)
         scores = self.score_text(model, split, n, seed, draws=True)
@@ -71,7 +71,7 @@ class Shapes:
         return Report(n, scores, drawn, captions, correct)
 
 class Text(Shapes):
-    """The same documents without their pictures, so that what pictures cost the text can be measured."""
+    """The same documents without their pictures, to measure how much pictures hurt the text."""
 
     name = "text"
     defaults = {"batch_size": 78}  # about as many positions per step as with pictures
@@ -81,9 +81,9 @@ class Text(Shapes):
         return Report(n, self.score_text(model, split, n, seed, draws=False))
 
 class Edit(Shapes):
-    """Picture, instruction, edited picture; and enough of the other documents that nothing else is forgotten.
+    """Picture, instruction, edited picture; and enough other documents that little is forgotten.
 
-    The picture before is seen clean (noise_cap 0), and the model learns to follow instructions, not to write them
+    The picture to edit has no noise (noise_cap 0), and the model learns to follow instructions, not to write them
     (instruction_loss off).
     """
 
@@ -103,9 +103,9 @@ class Edit(Shapes):
         return Report(n, report.scores | scores, before_and_after, instructions, correct)
 
 class Folder:
-    """Your own pictures with captions. Nothing reads them back, so the scores are of other kinds than above.
+    """Your own pictures with captions. No program can read their content, so the scores differ from those above.
 
-    Validation and the final table use the same held-out pictures, the former the first of them.
+    Validation and the final table use the same held-out pictures, but validation uses only the first of them.
     """
 
     defaults = {}
@@ -117,7 +117,7 @@ class Folder:
         self.words = frequent_words([caption for caption, _ in self.train])
 
     def documents(self, n, seed):
-        """n documents, or 4 with each picture if that is less."""
+        """n documents, but at most 4 per picture."""
         rng = random.Random(seed)
         documents = []
         for i in range(min(n, 4 * len(self.train))):
@@ -142,7 +142,7 @@ class Folder:
             "vae_psnr": (psnr(again, pictures), "dB"),
             "frechet": (
                 frechet(drawn, pictures),
-                f"floor {frechet(others, pictures):.4f}: other true pictures, {frechet(again, pictures):.4f}: VAE",
+                f"{frechet(others, pictures):.4f}: other true pictures, {frechet(again, pictures):.4f}: VAE",
             ),
         }
         for scale in guidance_scales[1:]:
@@ -153,9 +153,9 @@ class Folder:
 TASKS = {task.name: task for task in (Shapes, Text, Edit)}
 
 def make_task(run, image_size):
-    """The task that the options of train.py ask for. Raises ValueError, with one sentence, if it cannot be had."""
+    """The task that the options of train.py ask for. Raises ValueError if they do not go together."""
     if run.data and run.task != Shapes.name:
-        raise ValueError(f"A folder of your own has its own task: leave out --task {run.task}, or --data.")
+        raise ValueError(f"--data cannot be combined with --task {run.task}: leave out one of them.")
     if run.data:
         return Folder(run.data, image_size, run.caption_first, run.unconditional_share)
     task = TASKS[run.task](run.caption_first, run.unconditional_share)

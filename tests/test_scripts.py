@@ -25,12 +25,12 @@ from PIL import Image
 
 import sample
 import train
-from data import compare, experiments, shapes
+from data import compare, experiments, plots, shapes
 from data.files import load_picture
-from data.tasks import TASKS
+from data.tasks import TASKS, Report
 from train import (
-    PRESETS, Muon, Run, Trained, check_config, check_options, learning_rate, load_checkpoint, make_optimizers,
-    parse_options,
+    PRESETS, Muon, Run, Trained, check_config, check_options, draw_figure, learning_rate, load_checkpoint,
+    make_optimizers, parse_options,
 )
 from transfusion import BOI, EOS, VAE, Batch, Config, Tokenizer, Transfusion
 
@@ -118,7 +118,7 @@ def test_every_task_is_trained_from_end_to_end(task, trained_on):
     metrics = metrics_of(directory)
     for score, (value, beside) in metrics["scores"].items():
         assert f"{score:14} {value:8.4f}   {beside}" in out
-        assert any(word in beside for word in ("floor", "ceiling", "chance"))
+        assert any(word in beside for word in ("floor", "ceiling", "chance", "best possible", "true pictures"))
     assert len(table(out)) == len(metrics["scores"])
     rows = list(csv.DictReader((directory / "log.csv").open()))
     assert [row["step"] for row in rows] == ["4", "8", "12"]
@@ -166,6 +166,24 @@ def test_starting_from_a_run_leaves_it_as_it_is(trained, tmp_path):
     before = {path.name: path.read_bytes() for path in trained[0].iterdir()}
     call(train.main, "--init", trained[0], *SMALL, "--steps", 1, "--eval-n", 4, "--run", tmp_path / "x")
     assert {path.name: path.read_bytes() for path in trained[0].iterdir()} == before
+
+def test_the_averaged_weights_keep_no_graph_of_the_steps(tmp_path, monkeypatch):
+    validate, seen = train.validate, []
+
+    def spy(trained, *rest):
+        seen.extend(trained.model.parameters())
+        return validate(trained, *rest)
+    monkeypatch.setattr(train, "validate", spy)
+    call(train.main, "--run", tmp_path / "x", *TINY, "--steps", 2, "--eval-n", 4)
+    assert seen and all(p.grad_fn is None and not p.requires_grad for p in seen)
+
+@pytest.mark.parametrize("options, sees_later", [({}, True), ({"bidirectional": False}, False),
+                                                 ({"model": "chameleon"}, False)])
+def test_the_figure_shows_the_mask_of_the_model(options, sees_later, monkeypatch):
+    masks = []
+    monkeypatch.setattr(plots, "mask_picture", lambda mask, *_: masks.append(mask))
+    draw_figure(Report(0, {}), replace(PRESETS["tiny"], **options), Tokenizer(shapes.WORDS))
+    assert masks[0].triu(1).any() == sees_later
 
 def test_a_run_of_text_alone_has_the_scores_of_text(trained_on):
     directory, out = trained_on("text")
@@ -232,7 +250,7 @@ def test_experiments_train_what_is_missing_and_print_the_mean_over_seeds(tmp_pat
     shown = call(experiments.main, "--show", "--seeds", "0", "1", "2")
     assert f"{low}\n{high}" in shown and "| low / high |" in shown and not Path("runs/experiments/low-2").exists()
     monkeypatch.setitem(experiments.RUNS, "low", " ".join([*TINY, "--lr", "0.005"]))
-    assert "move it away" in complaint(experiments.main, "--seeds", "0")
+    assert "Move it away" in complaint(experiments.main, "--seeds", "0")
     monkeypatch.setitem(experiments.RUNS, "low", " ".join([*TINY, "--noise-cap", "7"]))
     assert "low-2.log" in complaint(experiments.main, "--seeds", "2", "--jobs", "1")
 
@@ -376,6 +394,7 @@ def test_ctrl_c_before_the_first_evaluation_and_in_the_last_step(trained, tmp_pa
     assert f"Saved at step {step}" in complaint(train.main, "--run", directory, *TINY)
     monkeypatch.undo()
     checkpoint = torch.load(directory / "ckpt.pt", weights_only=True)
+    assert checkpoint["flops"] == pytest.approx(metrics_of(trained[0])["flops"] * step / 12)
     torch.save(checkpoint | {"minutes": 1000.0}, directory / "ckpt.pt")
     call(train.main, "--resume", "--run", directory)
     assert_same_run(directory, trained[0])
@@ -577,12 +596,13 @@ def test_train_says_in_one_sentence_what_is_wrong(trained, in_an_empty_directory
     assert "dim (101)" in complaint(train.main, "--dim", 101)
     run_ = ["--run", trained[0]]
     for options in (["--resume", "--dim", 64], ["--eval-only", "--preset=tiny"], ["--resume", "--init", "x"]):
-        assert "Only these can be given" in complaint(train.main, *options, *run_)
+        assert "only these can be given" in complaint(train.main, *options, *run_)
     for options in (["--patch-size", 4], ["--preset", "tiny"]):
-        assert "takes the model from the checkpoint" in complaint(train.main, "--init", trained[0], *options)
+        assert "takes the model from" in complaint(train.main, "--init", trained[0], *options)
+    assert "--init and --run are both" in complaint(train.main, "--init", trained[0], *run_)
     assert "x/ckpt.pt" in complaint(train.main, "--init", "x", "--task", "edit")
     assert "batch_size must be at least 1" in complaint(train.main, "--batch-size", 0)
-    assert "not a device" in complaint(train.main, "--device", "tpu9")
+    assert "is not available" in complaint(train.main, "--device", "tpu9")
     for options in (["--image-size", 64], ["--preset", "0.16B"], ["--preset", "7B", "--task", "edit"]):
         said = complaint(train.main, *options)
         assert "32 pixels" in said and "image_size is" in said
@@ -600,7 +620,7 @@ def test_a_resumed_run_cannot_change_what_it_trains_on(trained, tmp_path, option
     shutil.copytree(trained[0], tmp_path / "x")
     for mode in ("--resume", "--eval-only"):
         said = complaint(train.main, mode, option, value, "--run", tmp_path / "x")
-        assert "Only these can be given" in said and "guidance_scale" in said
+        assert "only these can be given" in said and "--guidance-scale" in said
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
 def test_a_broken_checkpoint_is_named(tmp_path, content):
@@ -675,7 +695,7 @@ def test_sample_says_in_one_sentence_what_is_wrong(trained, tmp_path, capsys):
     for name in ("missing.png", "text.png", "empty.png", "half.png", "directory.png"):
         assert name in complaint(sample.main, f"a <{tmp_path / name}>", "--run", trained[0])
     assert "no checkpoint" in complaint(sample.main, "a", "--run", tmp_path)
-    assert "not a device" in complaint(sample.main, "a", "--device", "tpu9")
+    assert "is not available" in complaint(sample.main, "a", "--device", "tpu9")
     wrong = {
         "--steps": ["0", "-1", "nan", "2.5"], "--temperature": ["-1", "nan", "inf"],
         "--eta": ["2", "-0.1", "nan"],
