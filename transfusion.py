@@ -681,7 +681,8 @@ class VAE(nn.Module):
         super().__init__()
         self.kl = kl
         n_halvings = int(math.log2(image_size / latent_size))
-        widths = [dim * 2 ** min(i, 2) for i in range(n_halvings)]  # from high to low resolution
+        # Channels from high to low resolution, at most 4 * dim: here 24 (16 x 16) and 48 (8 x 8).
+        widths = [dim * 2 ** min(i, 2) for i in range(n_halvings)]
         wide = widths[-1]
         down, up = [], []
         for n_in, n_out in pairwise([3, *widths]):
@@ -699,6 +700,7 @@ class VAE(nn.Module):
             *up,
         )
         # Statistics of the latents, so that diffusion sees them with mean 0 and variance 1.
+        # NOT STATED: how the paper scales its latents.
         self.register_buffer("mean", torch.zeros(latent_channels, 1, 1))
         self.register_buffer("std", torch.ones(latent_channels, 1, 1))
 
@@ -768,7 +770,8 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + h
 
 class UNetDown(nn.Module):
-    """The paper's other patch encoder: the first half of a U-Net, from latents and t to patches.
+    """The paper's other patch encoder, and its better one (tables 5 to 7): the first half of a
+    U-Net, from latents and t to patches.
 
     It halves the resolution log2(patch_size) times, until each patch is one pixel. Its features at
     all resolutions, and the embedding of t, bypass the transformer and go to the second half.
