@@ -50,6 +50,8 @@ def parse_options(argv):
         if not math.isfinite(value) or value < least or (most is not None and value > most):
             limits = f"at least {least}" if most is None else f"between {least} and {most}"
             parser.error(f"argument --{name.replace('_', '-')}: must be {limits}, not {value}")
+    if args.temperature and args.temperature < 0.01:
+        parser.error(f"argument --temperature: must be 0 or at least 0.01, not {args.temperature}")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -110,8 +112,8 @@ class Progress:
 
 def save_drawing(frames, directory):
     """Write the last of the frames, uint8 (steps, H, W, 3), as a PNG and all of them as a GIF. Returns both paths."""
-    n = next(n for n in count(1) if not (directory / f"{n:03d}.png").exists())
-    png, gif = directory / f"{n:03d}.png", directory / f"{n:03d}.gif"
+    paths = ((directory / f"{n:03d}.png", directory / f"{n:03d}.gif") for n in count(1))
+    png, gif = next(pair for pair in paths if not any(path.exists() for path in pair))
     save_png(plots.enlarge(frames[-1], 256), png)
     plots.save_gif(frames, gif)
     return png, gif
@@ -125,6 +127,9 @@ def main(argv=None):
         prompts = [parse_prompt(prompt, model.cfg.image_size) for prompt in args.prompts or [""]]
     except ValueError as error:
         sys.exit(str(error))
+    has_pictures = any(not isinstance(part, str) for prompt in prompts for part in prompt)
+    if has_pictures and not checkpoint.get("vae_is_trained", True):
+        sys.exit(f"{args.run} was trained on text alone, so a prompt cannot have pictures.")
 
     torch.manual_seed(args.seed)
     progress = Progress(prompts)
@@ -144,6 +149,7 @@ def main(argv=None):
             print(*save_drawing(pictures, args.out))
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
     try:
         main()
     except (OSError, KeyboardInterrupt) as error:  # the disk is full, for example; or Ctrl-C

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -86,7 +87,7 @@ class Run:
     ema: float = 0.99  # decay of the moving average of the weights, which is what is scored and sampled from
     eval_every: int = 550  # steps between evaluations, each of which writes a checkpoint
     eval_n: int = 512  # examples per score in the final table
-    eval_split: str = "test"  # their split: test for final results, val to choose settings by
+    eval_split: str = "test"  # test for final results, val to choose settings by (the same pictures if --data is given)
     sample_steps: int = 25  # denoising steps in evaluations; the paper takes 250
     eta: float = 0.0  # sampling noise: 0 is DDIM, 1 is DDPM's ancestral sampler
     guidance_scale: float = 2.0  # classifier-free guidance in evaluations; 1 turns it off
@@ -131,6 +132,8 @@ def check_config(cfg):
         raise ValueError(f"dim ({cfg.dim}) must be a multiple of 2 * n_heads ({2 * cfg.n_heads})")
     if cfg.patch_size not in (1, 2, 4, 8) or cfg.latent_size % cfg.patch_size:
         raise ValueError(f"patch_size must be 1, 2, 4 or 8 and divide latent_size ({cfg.latent_size})")
+    if cfg.image_size % 8:
+        raise ValueError(f"image_size ({cfg.image_size}) must be a multiple of 8")
     if cfg.image_size not in [cfg.latent_size * 2**n for n in range(1, 10)]:
         raise ValueError(f"image_size must be latent_size ({cfg.latent_size}) * 2, 4, 8, ...")
 
@@ -263,14 +266,15 @@ class Trained:
         return pictures
 
     def log_likelihood(self, texts, draws):
-        log_p, n_tokens = log_likelihood(self.model, [[text] for text in texts], BOI if draws else EOS)
-        return log_p.cpu().numpy(), n_tokens.cpu().numpy()
+        return self.log_likelihood_of([[text] for text in texts], BOI if draws else EOS)
 
     def log_likelihood_after(self, pictures, captions):
+        return self.log_likelihood_of([list(pair) for pair in zip(pictures, captions)], EOS)
+
+    def log_likelihood_of(self, documents, next_token):
         log_p, n_tokens = [], []
-        for i in range(0, len(captions), 128):
-            documents = [list(pair) for pair in zip(pictures[i : i + 128], captions[i : i + 128])]
-            result = log_likelihood(self.model, encode_pictures(documents, self.vae))
+        for i in range(0, len(documents), 128):
+            result = log_likelihood(self.model, encode_pictures(documents[i : i + 128], self.vae), next_token)
             log_p.append(result[0].cpu().numpy())
             n_tokens.append(result[1].cpu().numpy())
         return np.concatenate(log_p), np.concatenate(n_tokens)
@@ -358,7 +362,8 @@ def write_scores(trained, task, directory, about):
     save_png(draw_figure(report, cfg, trained.model.tokenizer), directory / "figure.png")
     metrics = about | {"scoring_minutes": (time.time() - start_time) / 60, "scores": report.scores}
     write_atomically(directory / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
-    print(f"\nfigure.png, progress.png, log.csv and metrics.json are in {directory}.")
+    written = [name for name in ("figure.png", "progress.png", "log.csv") if (directory / name).exists()]
+    print(f"\n{', '.join(written)} and metrics.json are in {directory}.")
     print(f"Training took {metrics['minutes']:.1f} minutes ({metrics['flops']:.2g} FLOPs), "
           f"and scoring {metrics['scoring_minutes']:.1f}.")
 
@@ -369,7 +374,7 @@ def parse_options(argv):
     parser = ArgumentParser(description=__doc__, argument_default=SUPPRESS, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, help="model options to start from [laptop]")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", action="store_true", help="continue the run in --run")
+    mode.add_argument("--resume", action="store_true", help="continue the run in --run; --steps sets a new end")
     mode.add_argument("--eval-only", action="store_true", help="only score the checkpoint in --run")
     for options in (Config, Run):
         comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(options), re.MULTILINE))
@@ -416,6 +421,8 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
         sys.exit(f"The device {name} is not available on this machine; try --device cpu.")
@@ -470,7 +477,7 @@ def on_interrupt(action):
 def main(argv=None):
     start_time = time.time()
     options = parse_options(argv)
-    command = " ".join(["python train.py", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     preset = options.pop("preset", None)
     resume = options.pop("resume", False)
     eval_only = options.pop("eval_only", False)
@@ -526,6 +533,10 @@ def main(argv=None):
         check_config(cfg)
     except ValueError as error:
         sys.exit(f"These options do not work: {error}.")
+    if resume and run.steps < checkpoint["step"]:
+        sys.exit(f"{directory} is already at step {checkpoint['step']}, beyond --steps {run.steps}.")
+    if run.data and Path(run.data).resolve().is_relative_to(directory.resolve()):
+        sys.exit(f"{run.data} is inside the output directory {directory}. Choose another one with --run.")
     n_micro_batches = n_processes * run.accumulate
     if run.batch_size < n_micro_batches:
         sys.exit(f"A batch of {run.batch_size} documents cannot be divided into {n_micro_batches} parts.")
@@ -533,12 +544,14 @@ def main(argv=None):
         task = make_task(run, cfg.image_size)
     except ValueError as error:
         sys.exit(str(error))
+    settings = {"command": command, "cfg": asdict(cfg), "run": asdict(run)}
     if is_new and rank == 0:
-        make_directory(directory, {"command": command, "cfg": asdict(cfg), "run": asdict(run)})
+        make_directory(directory, settings)
 
     if not eval_only:
+        words = checkpoint["words"] if checkpoint else task.words
         with torch.device("meta"):  # to count the parameters without memory for them
-            n_all = sum(p.numel() for p in make_models(cfg, Tokenizer(task.words))[0].parameters())
+            n_all = sum(p.numel() for p in make_models(cfg, Tokenizer(words))[0].parameters())
         print(f"{n_all / 1e6:.2f}M parameters: weights, their average, gradients and the optimizer's states take at "
               f"most {20 * n_all / 1e9:.2g} GB, plus the activations.", flush=True)
 
@@ -550,18 +563,21 @@ def main(argv=None):
         if resume and checkpoint.get("checksum", checksum) != checksum:
             sys.exit(f"{run.data or 'The toy world'} has other pictures or captions than {directory} was trained on.")
         if checkpoint is None:
-            averaged, vae = make_models(cfg, Tokenizer(task.words))
+            averaged, vae = make_models(cfg, Tokenizer(words))
             averaged.to(device).requires_grad_(False)
             vae.to(device)
-            # Each picture once, although several documents of a folder have the same one.
-            pictures = {id(part): part for document in documents for part in unconditional(document)}
-            if pictures:  # the task may be text alone
-                print(f"Training the VAE on {len(pictures)} pictures, {run.vae_steps} steps.", flush=True)
-                train_vae(vae, torch.from_numpy(np.stack(list(pictures.values()))), run.vae_steps)
-            vae.requires_grad_(False).eval()
+        # Each picture once, although several documents of a folder have the same one.
+        pictures = {id(part): part for document in documents for part in unconditional(document)}
+        vae_is_trained = checkpoint is not None and checkpoint.get("vae_is_trained", True)
+        if pictures and not vae_is_trained:  # a task may be text alone
+            print(f"Training the VAE on {len(pictures)} pictures, {run.vae_steps} steps.", flush=True)
+            vae.requires_grad_(True).train()
+            train_vae(vae, torch.from_numpy(np.stack(list(pictures.values()))), run.vae_steps)
+            vae_is_trained = True
             if n_processes > 1:  # GPUs round differently, but all processes need the same VAE
                 for tensor in vae.state_dict().values():
                     dist.broadcast(tensor, src=0)
+        vae.requires_grad_(False).eval()
         in_parts = [documents[i : i + 1024] for i in range(0, len(documents), 1024)]
         documents = [document for part in in_parts for document in encode_pictures(part, vae)]
 
@@ -577,6 +593,9 @@ def main(argv=None):
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             first_step = checkpoint["step"]
+            if rank == 0 and first_step < run.steps:
+                write_atomically(directory / "run.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
+                (directory / "metrics.json").unlink(missing_ok=True)  # which has the scores of an earlier step
             losses = checkpoint["losses"]
             history = checkpoint["history"]
             drawings = checkpoint["drawings"]
@@ -640,6 +659,7 @@ def main(argv=None):
                     "command": command,
                     "words": averaged.tokenizer.words,
                     "vae": vae.state_dict(),
+                    "vae_is_trained": vae_is_trained,
                     "model": model.state_dict(),
                     "ema": averaged.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -665,8 +685,9 @@ def main(argv=None):
         return
     on_interrupt(f"Stopped while scoring. To score the checkpoint: python train.py --eval-only --run {directory}")
     about = {
-        "command": command, "minutes": checkpoint["minutes"], "flops": checkpoint["flops"], "device": str(device),
-        "cores": os.cpu_count(), "torch": torch.__version__, "cfg": asdict(cfg), "run": asdict(run),
+        "command": command, "step": checkpoint["step"], "minutes": checkpoint["minutes"], "flops": checkpoint["flops"],
+        "device": str(device), "cores": os.cpu_count(), "torch": torch.__version__,
+        "cfg": asdict(cfg), "run": asdict(run),
     }
     write_scores(Trained(averaged, vae, run), task, directory, about)
 

@@ -649,11 +649,15 @@ class Tokenizer:
     def __len__(self):
         return len(self.bytes_of)
 
+    @staticmethod
+    def split(text):
+        """A list of pieces: words with the space before them, and all other characters."""
+        return re.findall(r" ?[^\s.,;:!?]+|.", " " + text, re.DOTALL)
+
     def encode(self, text):
         """str -> list of token ids."""
         ids = []
-        # A piece is a word with the space before it, or any other character.
-        for piece in re.findall(r" ?[^\s.,;:!?]+|.", " " + text, re.DOTALL):
+        for piece in self.split(text):
             if piece in self.id_of:
                 ids.append(self.id_of[piece])
             else:

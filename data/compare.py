@@ -14,7 +14,8 @@ from PIL import Image
 from data import plots
 from data.files import save_png
 
-SCORES = "draw_acc", "frechet", "caption_acc", "caption_ppl", "text_ppl", "text_acc", "edit_acc"
+SCORES = ("draw_acc", "frechet", "caption_acc", "caption_ppl", "text_ppl", "text_acc", "edit_acc", "caption_match",
+          "draw_match")
 
 def table_row(directory, metrics):
     scores = {name: value for name, (value, _) in metrics["scores"].items()}
@@ -31,7 +32,7 @@ def main(argv=None):
     for directory in args.runs:
         try:
             rows.append(table_row(directory, json.loads((directory / "metrics.json").read_text())))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             sys.exit(f"{directory} is not a finished run of this version: metrics.json cannot be read ({error}).")
         if (directory / "progress.png").is_file():  # a run on text alone draws nothing
             picture = Image.open(directory / "progress.png").convert("RGB")
@@ -42,7 +43,10 @@ def main(argv=None):
         whole = columns[0]
         for column in columns[1:]:
             whole = plots.beside(whole, column)
-        save_png(whole, args.out)
+        try:
+            save_png(whole, args.out)
+        except OSError as error:
+            sys.exit(str(error))
 
 if __name__ == "__main__":
     main()

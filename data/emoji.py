@@ -66,8 +66,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         font = ImageFont.truetype(args.font, FONT_SIZE)
-    except OSError:
-        sys.exit(f"The font {args.font} was not found: install Noto Color Emoji, or name its file with --font.")
+    except OSError as error:
+        sys.exit(f"The font {args.font} was not found, or is not a font ({error}): install Noto Color Emoji, or name "
+                 "its file with --font.")
+    if not is_one_picture("\U0001F600", font):
+        sys.exit(f"The font {args.font} has no emoji of {PICTURE_SIZE[0]} x {PICTURE_SIZE[1]} pixels.")
     try:
         args.folder.mkdir(parents=True)
     except OSError as error:

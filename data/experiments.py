@@ -10,6 +10,7 @@ resumed. To add a row, add a line to RUNS and one to a table.
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -196,16 +197,24 @@ def train(name, seed):
     directory = DIRECTORY / f"{name}-{seed}"
     options = ["--run", str(directory), "--seed", str(seed), *RUNS[name].split()]
     if (directory / "ckpt.pt").is_file():
-        if json.loads((directory / "run.json").read_text())["command"] != " ".join(["python train.py", *options]):
+        if json.loads((directory / "run.json").read_text())["command"] != shlex.join(["python", "train.py", *options]):
             return f"{directory} was trained with options other than those in RUNS. Move it away."
         options = ["--run", str(directory), "--resume"]
-    if not (directory / "metrics.json").is_file():
+    if not has_its_own_scores(directory):
         with open(DIRECTORY / f"{name}-{seed}.log", "a") as log:
             one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
             code = subprocess.call([sys.executable, TRAIN, *options], stdout=log, stderr=log, env=one_thread)
         if code != 0:
             return f"{directory} did not finish training: see {log.name}."
     return read_result(directory, RUNS[name])
+
+def has_its_own_scores(directory):
+    """Are the scores in this directory those of the whole run, with its own options?"""
+    try:
+        metrics, settings = [json.loads((directory / name).read_text()) for name in ("metrics.json", "run.json")]
+        return metrics["step"] == metrics["run"]["steps"] and metrics["run"] == settings["run"]
+    except (OSError, ValueError, KeyError):
+        return False
 
 def read_result(directory, options):
     """The part of a run that results.json stores."""
@@ -327,8 +336,8 @@ def draw_examples(table, n=8):
             rows.append(plots.titled(last_row, label))
     return reduce(plots.stack, rows)
 
-def print_list(results, seeds):
-    for name, table in TABLES.items():
+def print_list(tables, results, seeds):
+    for name, table in tables.items():
         print(f"\n{name}: {table.title}")
         for label, (run, _) in table.rows.items():
             n_finished = sum(is_finished(results, run, seed) for seed in seeds)
@@ -348,18 +357,21 @@ def main(argv=None):
     parser.add_argument("--show", action="store_true", help="print the tables from the results, without training")
     parser.add_argument("--list", action="store_true", help="only show the tables, their runs and times")
     args = parser.parse_args(argv)
+    args.seeds = list(dict.fromkeys(args.seeds))
     unknown = set(args.tables) - set(TABLES)
     if unknown or args.jobs < 1:
         parser.error(f"there is no table {', '.join(unknown)}" if unknown else "--jobs must be at least 1")
+    if args.show and not args.results.exists():
+        sys.exit(f"There are no results at {args.results} to show.")
     try:
         results = json.loads(args.results.read_text()) if args.results.exists() else {}
     except (OSError, ValueError) as error:
         sys.exit(f"{args.results} cannot be read: {error}.")
+    tables = {name: TABLES[name] for name in args.tables or TABLES}
     if args.list:
-        print_list(results, args.seeds)
+        print_list(tables, results, args.seeds)
         return
 
-    tables = {name: TABLES[name] for name in args.tables or TABLES}
     runs = dict.fromkeys(run for table in tables.values() for run, _ in table.rows.values())
     missing = [(run, seed) for seed, run in product(args.seeds, runs) if not is_finished(results, run, seed)]
     if missing and not args.show:

@@ -7,6 +7,7 @@ A folder with train/ and validation/ has its own split. Otherwise 5 % of the pic
 
 import csv
 import hashlib
+import io
 import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.files import load_picture
+from transfusion import Tokenizer
 
 HELD_OUT = 0.05  # share of the pictures
 FEWEST = 20  # the smallest number of pictures worth training on
@@ -32,6 +34,9 @@ def load_folder(folder, size):
         raise ValueError(f"There is no folder {folder}.")
     has_split = (folder / "train").is_dir() and (folder / "validation").is_dir()
     parts = [folder / "train", folder / "validation"] if has_split else [folder]
+    for name in ("metadata.jsonl", "metadata.csv"):
+        if has_split and (folder / name).exists():
+            raise ValueError(f"{folder} has train/ and validation/, so each of them needs its own {name}.")
     pairs = [load_pairs(find_captions(part), size) for part in parts]
     n_pairs = sum(map(len, pairs))
     if n_pairs < FEWEST:
@@ -53,12 +58,14 @@ def find_captions(folder):
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     with_text = [(path, path.with_suffix(".txt")) for path in pictures if path.with_suffix(".txt").is_file()]
     if with_text:
+        if len(with_text) < len(pictures):
+            print(f"{len(pictures) - len(with_text)} of {len(pictures)} pictures in {folder} have no .txt file.")
         return with_text
     return [(path, path.parent.name.replace("_", " ")) for path in pictures if path.parent != folder]
 
 def read_jsonl(file):
     rows = []
-    for number, line in enumerate(read_text(file).splitlines(), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -68,7 +75,7 @@ def read_jsonl(file):
 
 def read_csv(file):
     try:
-        return list(csv.DictReader(read_text(file).splitlines()))
+        return list(csv.DictReader(io.StringIO(read_text(file), newline="")))
     except csv.Error as error:
         raise ValueError(f"{file} is not valid CSV: {error}.") from None
 
@@ -83,9 +90,12 @@ def named_picture(folder, metadata, row):
     names = [row.get(column) for column in ("file_name", "text")] if isinstance(row, dict) else [None]
     if not all(isinstance(name, str) for name in names):
         raise ValueError(f"{folder / metadata} needs file_name and text in every row, but one row is {str(row)[:80]}.")
+    if None in row:  # csv puts surplus columns there
+        raise ValueError(f"{folder / metadata} has too many commas in a row; a text with commas needs quotation marks: "
+                         f"{names[1][:80]}, ...")
     path = folder / names[0]
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{folder / metadata} names a file outside its folder: {names[0]}.")
+    if "\0" in names[0] or not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder / metadata} names a file outside its folder: {names[0]!r}.")
     return path, names[1]
 
 # ---- Reading the pictures --------------------------------------------------------------------------------------------
@@ -111,14 +121,18 @@ def load_pair(path, caption, size):
         caption = " ".join(caption.split())
         if not 0 < len(caption) <= LONGEST:
             return f"{path}: its caption has {len(caption)} characters, but must have 1 to {LONGEST}."
+        caption.encode()
         return caption, load_picture(path, size)
+    except UnicodeEncodeError as error:
+        return f"{path}: its caption is not valid Unicode: {error}."
     except ValueError as error:
         return str(error)
 
 def split_by_content(pairs):
     """Hold out the pictures with the smallest hashes. Exact copies have the same hash, so they stay together."""
     hashes = [hashlib.sha256(picture.tobytes()).hexdigest() for _, picture in pairs]
-    last = sorted(hashes)[max(2, round(HELD_OUT * len(pairs))) - 1]
+    distinct = sorted(set(hashes))
+    last = distinct[min(len(distinct), max(2, round(HELD_OUT * len(distinct)))) - 1]
     train = [pair for pair, of_picture in zip(pairs, hashes) if of_picture > last]
     held_out = [pair for pair, of_picture in zip(pairs, hashes) if of_picture <= last]
     return train, held_out
@@ -129,10 +143,10 @@ def frequent_words(captions, fewest=3, most=4000):
     return sorted(word for word, n in counts.most_common(most) if n >= fewest)
 
 def caption_words(caption):
-    """The pieces of a caption that can be tokens: words after a space, and punctuation after a word."""
+    """The pieces of a caption that can be tokens: words after a space, and punctuation."""
     words = []
-    for word in caption.split():
-        stem = word.rstrip(".,;:!?")
-        words += [stem] if stem else []
-        words += list(word[len(stem):])
+    for piece in Tokenizer.split(caption):
+        is_word = piece[0] == " " and len(piece) > 1
+        if is_word or piece in ".,;:!?":
+            words.append(piece.strip())
     return words

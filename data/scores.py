@@ -100,6 +100,8 @@ def score_matching(model, captions, pictures, seed, n_choices=8):
     """
     rng = random.Random(seed)
     n_choices = min(n_choices, len(set(captions)))
+    if n_choices < 2:
+        return {}  # all captions are the same
     choices = []  # for each pair, the indices of n_choices pairs, its own first
     for i, caption in enumerate(captions):
         by_caption = {other: j for j, other in enumerate(captions) if other != caption}
@@ -112,13 +114,13 @@ def score_matching(model, captions, pictures, seed, n_choices=8):
     beside = f"chance {1 / n_choices:.4f}"
     scores = {
         "caption_ppl_after": (perplexity(log_p[:, 0].sum(), n_tokens[:, 0].sum()), "of captions after their picture"),
-        "caption_match": (float((log_p.argmax(1) == 0).mean()), beside),
+        "caption_match": (float((log_p[:, 0] > log_p[:, 1:].max(1)).mean()), beside),
     }
     losses = model.diffusion_loss([captions[j] for j in other], pictures[own])
     if losses is not None:
         losses = losses.reshape(-1, n_choices)
         scores["diffusion_loss"] = float(losses[:, 0].mean()), "of pictures after their caption"
-        scores["draw_match"] = float((losses.argmin(1) == 0).mean()), beside
+        scores["draw_match"] = float((losses[:, 0] < losses[:, 1:].min(1)).mean()), beside
     return scores
 
 def map_all(function, *lists):

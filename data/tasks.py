@@ -114,10 +114,14 @@ class Folder:
         self.image_size = image_size
         self.caption_first, self.unconditional_share = caption_first, unconditional_share
         self.train, self.held_out = load_folder(folder, image_size)
+        for pairs in (self.train, self.held_out):  # a folder is sorted, perhaps by what the pictures show
+            random.Random(0).shuffle(pairs)
         self.words = frequent_words([caption for caption, _ in self.train])
 
     def documents(self, n, seed):
         """n documents, but at most 4 per picture."""
+        if n < len(self.train):
+            print(f"Only {n} of {len(self.train)} pictures are used: --documents is {n}.")
         rng = random.Random(seed)
         documents = []
         for i in range(min(n, 4 * len(self.train))):

@@ -1,11 +1,14 @@
 """Training on a folder of one's own pictures: where captions are found, what is skipped, and what is refused."""
 
+import hashlib
 import json
 import random
 import struct
 import subprocess
 import sys
 import zlib
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +78,23 @@ def test_a_folder_can_bring_its_own_split(tmp_path):
     assert {caption.split()[0] for caption, _ in train_pairs} == {"train"} and len(train_pairs) == 25
     assert {caption.split()[0] for caption, _ in held_out} == {"validation"} and len(held_out) == 5
 
+def test_csv_may_quote_commas_and_line_breaks_and_json_may_have_any_character(tmp_path):
+    folder = write_pictures(tmp_path / "csv")
+    rows = [f'{i:02d}.png,"first, {i}\nsecond line"' for i in range(30)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
+    assert captions_of(sum(load_folder(folder, 32), [])) == sorted(f"first, {i} second line" for i in range(30))
+    folder = write_pictures(tmp_path / "jsonl")
+    rows = [json.dumps({"file_name": f"{i:02d}.png", "text": f"a\u2028b\u0085c {i}"}, ensure_ascii=False)
+            for i in range(30)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows), "utf-8")
+    assert captions_of(sum(load_folder(folder, 32), [])) == sorted(f"a b c {i}" for i in range(30))
+
+def test_pictures_without_a_text_are_counted(captioned, capsys):
+    for i in range(4):
+        (captioned / f"{i:02d}.txt").unlink()
+    assert len(sum(load_folder(captioned, 32), [])) == 26
+    assert "4 of 30 pictures" in capsys.readouterr().out
+
 def test_copies_of_a_picture_are_on_the_same_side():
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (8, 8, 3), np.uint8) for _ in range(100)]
@@ -83,11 +103,15 @@ def test_copies_of_a_picture_are_on_the_same_side():
     numbers = [{caption.split()[0] for caption, _ in side} for side in (train_pairs, held_out)]
     assert not numbers[0] & numbers[1] and len(train_pairs) + len(held_out) == 300
     assert 0.03 <= len(held_out) / 300 <= 0.07
+    first = min(held_out, key=lambda pair: hashlib.sha256(pair[1].tobytes()).hexdigest())
+    train_pairs, with_copies = split_by_content(pairs[:100] + [first] * 60)
+    assert len({caption for caption, _ in with_copies}) == 5  # 5 % of the pictures, however many copies there are
     again = split_by_content(random.Random(1).sample(pairs, 300))
     assert captions_of(again[1]) == captions_of(held_out)  # the order of the files does not matter
 
 def test_captions_in_any_language_survive_and_frequent_words_are_one_token():
     captions = ["un café noir, très chaud."] * 3 + ["кот спит"] * 3 + ["une 猫 rare", "x ."]
+    assert set(frequent_words(["U.S. at 3.5, e.g. here"] * 3)) == {"U", ".", "at", "3", ",", "e", "here"}
     words = frequent_words(captions)
     assert {"café", "noir", ",", ".", "кот", "спит"} <= set(words) and "rare" not in words
     tokenizer = Tokenizer(words)
@@ -144,12 +168,31 @@ def test_bad_pictures_and_captions_are_skipped_and_listed(captioned, capsys):
     for name in ("00.png", "01.png", "02.png", "03.png", "04.png", "05.png", "06.txt"):
         assert name in out
 
+def test_a_caption_with_half_a_surrogate_pair_is_skipped(tmp_path, capsys):
+    folder = write_pictures(tmp_path / "mine")
+    texts = ["broken \ud83d" if i == 3 else f"a {i}" for i in range(30)]
+    rows = [json.dumps({"file_name": f"{i:02d}.png", "text": text}) for i, text in enumerate(texts)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    assert len(sum(load_folder(folder, 32), [])) == 29
+    assert "03.png: its caption is not valid Unicode" in capsys.readouterr().out
+
+def test_metadata_beside_a_split_or_with_unquoted_commas_is_refused(tmp_path):
+    for part in ("train", "validation"):
+        write_pictures(tmp_path / "split" / part)
+    (tmp_path / "split" / "metadata.csv").write_text("file_name,text\ntrain/00.png,a\n")
+    assert "each of them needs its own metadata.csv" in complaint(
+        train.main, "--data", tmp_path / "split", "--run", tmp_path / "run")
+    folder = write_pictures(tmp_path / "commas")
+    (folder / "metadata.csv").write_text("file_name,text\n00.png,a cap, red\n")
+    assert "quotation marks" in complaint(train.main, "--data", folder, "--run", tmp_path / "run")
+
 @pytest.mark.parametrize("line, word", [
     ('{"file_name": "00.png", "text": "a"', "Line 2"),
     ('{"file_name": "../secret.png", "text": "a"}', "outside"),
     ('{"file_name": "/etc/hostname", "text": "a"}', "outside"),
     ('{"file": "00.png"}', "file_name"),
     ('["00.png"]', "file_name"),
+    ('{"file_name": "0\\u00000.png", "text": "a"}', "outside"),
     ('{"file_name": "00.png", "text": 3}', "file_name"),
 ])
 def test_bad_metadata_is_refused_with_one_sentence(tmp_path, line, word):
@@ -215,6 +258,49 @@ def test_a_run_is_not_resumed_on_a_folder_that_has_changed(captioned, tmp_path):
     assert "other pictures or captions" in complaint(train.main, "--resume", "--run", run, "--steps", 20)
     assert (run / "ckpt.pt").read_bytes() == before
 
+def test_a_run_is_not_resumed_on_pictures_that_have_changed(captioned, tmp_path):
+    call(train.main, "--data", captioned, "--run", tmp_path / "run", *TINY)
+    for path in captioned.glob("*.png"):
+        with Image.open(path) as image:
+            darker = image.point(lambda value: value // 2)
+        darker.save(path)
+    assert "other pictures or captions" in complaint(train.main, "--resume", "--run", tmp_path / "run", "--steps", 20)
+
+def test_the_order_of_the_files_does_not_decide_what_is_trained_on(tmp_path, capsys):
+    for n, name in enumerate(("ant", "bee", "cat")):
+        for i in range(100):
+            folder = tmp_path / "mine" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            colour_square(300 * n + i).save(folder / f"{i:02d}.png")
+    task = Folder(tmp_path / "mine", 32, caption_first=1.0, unconditional_share=0.0)
+    counts = Counter(caption for caption, _ in task.documents(90, seed=0))
+    assert min(counts.values()) > 10 and len(counts) == 3
+    assert f"Only 90 of {len(task.train)} pictures are used" in capsys.readouterr().out
+    pictures = np.stack([picture for _, picture in task.train])
+    of_a_third = pictures[: len(pictures) // 3].mean() / pictures.mean()
+    assert 0.8 < of_a_third < 1.25  # what the VAE's statistics are measured on is like the rest
+
+def test_validation_scores_only_as_many_pictures_as_asked(captioned):
+    task = Folder(captioned, 32, caption_first=0.5, unconditional_share=0.1)
+    task.held_out = task.train[:12]
+
+    class Model(Matcher):
+        def log_likelihood(self, texts, draws):
+            assert len(texts) == 5
+            return np.zeros(5) - 1, np.ones(5)
+
+        def reconstruct(self, pictures):
+            return pictures
+
+        def draw(self, prompts, guidance_scale):
+            return np.stack([picture for _, picture in task.held_out[:5]])
+
+        def score(self, pictures, captions):
+            return np.zeros(len(captions))
+    report = task.evaluate(Model(1, None), "val", 5, 0, [2.0])
+    assert report.n == 5 and len(report.pictures) == 5
+    assert report.scores["caption_match"][0] == report.scores["draw_match"][0] == 0  # a tie is not a win
+
 def test_each_document_has_one_picture_and_shares_are_as_asked(captioned):
     task = Folder(captioned, 32, caption_first=0.6, unconditional_share=0.5)
     task.train = task.train * 40
@@ -268,7 +354,8 @@ def test_the_likelihoods_and_losses_of_a_trained_model_belong_to_their_pairs(cap
     assert np.abs(trained.diffusion_loss(captions[::-1], pictures) - losses).min() > 1e-6  # the caption matters
 
 def test_emoji_have_unique_pictures_and_captions_where_the_font_is_installed(tmp_path):
-    assert "was not found" in complaint(emoji.main, tmp_path / "x", "--font", "no-such-font.ttf")
+    for font in ("no-such-font.ttf", Path(train.__file__)):
+        assert "was not found, or is not a font" in complaint(emoji.main, tmp_path / "x", "--font", font)
     assert not (tmp_path / "x").exists()
     try:
         call(emoji.main, tmp_path / "emoji")

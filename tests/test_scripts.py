@@ -167,6 +167,39 @@ def test_starting_from_a_run_leaves_it_as_it_is(trained, tmp_path):
     call(train.main, "--init", trained[0], *SMALL, "--steps", 1, "--eval-n", 4, "--run", tmp_path / "x")
     assert {path.name: path.read_bytes() for path in trained[0].iterdir()} == before
 
+def test_the_vae_is_trained_when_a_run_of_text_alone_goes_on_with_pictures(trained_on, tmp_path):
+    text = trained_on("text")[0]
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    out = tmp_path / "out"
+    assert "text alone" in complaint(sample.main, f"<{tmp_path / 'red.png'}>", "--run", text, "--out", out)
+    said = call(train.main, "--init", text, *SMALL, "--task", "shapes", "--steps", 2, "--run", tmp_path / "x")
+    assert "Training the VAE" in said
+    vae = torch.load(tmp_path / "x" / "ckpt.pt", weights_only=True)["vae"]
+    assert vae["mean"].abs().min() > 0 and (vae["std"] != 1).all()
+    call(sample.main, f"<{tmp_path / 'red.png'}>", "--run", tmp_path / "x", "--steps", 1, "--out", out)
+
+def test_a_run_is_extended_with_new_settings_and_without_old_scores(trained, tmp_path, monkeypatch):
+    directory = tmp_path / "x"
+    shutil.copytree(trained[0], directory)
+    assert "already at step 12" in complaint(train.main, "--resume", "--steps", 11, "--run", directory)
+    assert (directory / "metrics.json").is_file()
+
+    class Killed(Exception):
+        pass
+
+    def killed(self, batch):
+        raise Killed
+    monkeypatch.setattr(Transfusion, "loss", killed)
+    with pytest.raises(Killed):
+        call(train.main, "--resume", "--steps", 14, "--run", directory)
+    assert not (directory / "metrics.json").exists()
+    settings = json.loads((directory / "run.json").read_text())
+    assert settings["run"]["steps"] == 14
+    monkeypatch.undo()
+    call(train.main, "--resume", "--steps", 14, "--run", directory)
+    metrics = metrics_of(directory)
+    assert metrics["step"] == metrics["run"]["steps"] == 14 and metrics["command"] == settings["command"]
+
 def test_the_averaged_weights_keep_no_graph_of_the_steps(tmp_path, monkeypatch):
     validate, seen = train.validate, []
 
@@ -247,6 +280,14 @@ def test_experiments_train_what_is_missing_and_print_the_mean_over_seeds(tmp_pat
     call(experiments.main, "--seeds", "0", "1")
     again = json.loads(Path("runs/experiments/results.json").read_text())
     assert again["low-1"]["scores"] == results["low-1"]["scores"]
+    # Scores by other options than the run's own, from --eval-only, are not taken for its result.
+    Path("runs/experiments/results.json").unlink()
+    call(train.main, "--eval-only", "--run", "runs/experiments/low-1", "--eval-split", "val", "--eval-n", "4")
+    assert metrics_of(Path("runs/experiments/low-1"))["scores"] != results["low-1"]["scores"]
+    call(experiments.main, "--seeds", "1", "1", "0")
+    again = json.loads(Path("runs/experiments/results.json").read_text())
+    assert set(again) == set(results) and again["low-1"]["scores"] == results["low-1"]["scores"]
+    assert "no results at" in complaint(experiments.main, "--show", "--results", "typo.json")
     shown = call(experiments.main, "--show", "--seeds", "0", "1", "2")
     assert f"{low}\n{high}" in shown and "| low / high |" in shown and not Path("runs/experiments/low-2").exists()
     monkeypatch.setitem(experiments.RUNS, "low", " ".join([*TINY, "--lr", "0.005"]))
@@ -760,7 +801,10 @@ def test_the_optimizers_take_every_parameter_once_and_decay_no_norms():
             groups = [group for optimizer in optimizers for group in optimizer.param_groups]
             taken = [p for group in groups for p in group["params"]]
             assert sorted(map(id, taken)) == sorted(map(id, model.parameters()))
-            assert all(p.dim() >= 2 for group in groups if group["weight_decay"] for p in group["params"])
+            for group in groups:
+                for p in group["params"]:
+                    assert group["weight_decay"] == (0.1 if p.dim() >= 2 else 0.0)
+                    assert group.get("lr_scale", 1) == (0.5 if p.dim() > 2 else 1)  # the U-Net's convolutions
 
 def test_the_learning_rate_warms_up_and_ends_at_five_percent():
     run_ = Run(lr=1.0, warmup=10, steps=100)
