@@ -421,11 +421,12 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-            raise RuntimeError
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
         sys.exit(f"The device {name} is not available on this machine; try --device cpu.")
+    return device
 
 def load_checkpoint(directory, device):
     """Returns (checkpoint, averaged model, VAE). Exits with a message if they cannot be loaded."""

@@ -14,7 +14,7 @@ TEXT_ONLY = 0.1  # share of the documents that are text alone
 SINGLE = 0.2  # share of the captioned pictures that show a single thing
 SIMILAR = 0.25  # share chosen to show things of the same colour or shape (others do so by chance)
 EDITS = 0.5  # share of the documents that are edits, in the task "edit"
-EDIT_KINDS = ("make", "make", "make", "move", "move", "swap")  # in the proportions of the training data
+EDIT_KINDS = ("make", "make", "make", "move", "move", "swap")  # chosen uniformly, so half of the edits are "make"
 
 def is_similar(scene):
     """Do all things have the same colour, or all the same shape?"""

@@ -233,7 +233,7 @@ def read_result(directory, options):
     }
 
 def train_all(missing, jobs, results, path):
-    """Train these (name, seed) pairs, several at a time. Write the results each time one finishes."""
+    """Train these (name, seed) pairs, several at a time. Write the results as they come in."""
     complaints = []
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool:

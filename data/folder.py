@@ -121,7 +121,7 @@ def load_pair(path, caption, size):
         caption = " ".join(caption.split())
         if not 0 < len(caption) <= LONGEST:
             return f"{path}: its caption has {len(caption)} characters, but must have 1 to {LONGEST}."
-        caption.encode()
+        caption.encode()  # JSON can have half a surrogate pair
         return caption, load_picture(path, size)
     except UnicodeEncodeError as error:
         return f"{path}: its caption is not valid Unicode: {error}."
