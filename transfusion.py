@@ -3,67 +3,78 @@
 Zhou et al., "Transfusion: Predict the Next Token and Diffuse Images with One Multi-Modal Model",
 arXiv 2408.11039.
 
-Text and images share one sequence. Text is a run of discrete tokens, trained with next-token
-prediction. An image is a run of continuous vectors, the patches of its VAE latents, trained with
-diffusion. BOI (beginning of image) and EOI (end of image) surround it. Attention is causal, except
-that the patches of one image all see each other. To generate, the model writes text until it
-predicts BOI; then it denoises an image and carries on with text.
+Text and images share one sequence. Text is a run of tokens, trained with next-token prediction. An
+image is a run of continuous vectors, the patches of its VAE latents, trained with diffusion. The
+tokens BOI and EOI (beginning and end of image) surround it. Attention is causal, except that the
+patches of one image all see each other. To generate, the model writes text until it predicts BOI.
+Then it denoises an image, and carries on with text. (In this file a "picture" is pixels, and an
+"image" is the latents of a picture.)
 
-A document is a Python list of parts in reading order. A part is a str or an image. In this file
-"picture" means pixels, and "image" means the VAE latents of a picture, normalised to mean 0 and
-variance 1. This is how the model sees three documents in training, with images of two patches. (A
-document may also be text alone.) The row "predicts" shows the target of the LM loss at each
-position, and "-" where there is none. The row "t" shows the noise level of each image.
+Three training documents, with images of two patches. The row "predicts" is the target of the LM
+loss at each position ("-": none). The row "t" is the noise level of each image.
 
-    ["a red circle.", image]        draw what a caption says
+    draw what a caption says
         input     BOS  a    red     circle  .    BOI  patch  patch  EOI  EOS
         predicts  a    red  circle  .       BOI  -    -      -      EOS  -
         t                                             t1     t1
 
-    [image, "a red circle."]        caption an image
+    caption an image
         input     BOS  BOI  patch  patch  EOI  a    red     circle  .    EOS
         predicts  BOI  -    -      -      a    red  circle  .       EOS  -
         t                   t1     t1
 
-    [image, "make it green.", image]        edit an image
+    edit an image
         input     BOS  BOI  patch  patch  EOI  make  it     green  .    BOI  patch  patch  EOI  EOS
         predicts  BOI  -    -      -      make it    green  .      BOI  -    -      -      EOS  -
         t                   t1     t1                                        t2     t2
 
-BOI is always followed by the N patches of the image and then EOI. `pack` inserts them, so the model
-does not have to predict them. At a patch, the output of the transformer is used to denoise that
-same patch, not the next one. (`train.py --task edit` also excludes the instruction from the LM
-loss, because it is written by the user, not the model.)
+BOI is always followed by the N patches of the image and EOI, so the model never has to predict
+these. It predicts text, BOI and EOS. At a patch, the output of the transformer is the prediction
+for that same patch, not for the next one.
 
-Each image has its own noise level t, from 0 (clean) to 1 (pure noise), and every noised image has a
-diffusion loss. An image that comes first, with something after it, is there to be read: there is
-nothing in pure noise to caption or edit. So its t is at most 0.5, the noise cap. All other images
-are there to be drawn, which starts from pure noise, so they can have any t up to 1. (If text
-follows such an image, it is sometimes trained after pure noise.)
+Each image has its own noise level t, from 0 (clean) to 1 (pure noise), and a diffusion loss. An
+image that comes first in a document, with something after it, is there to be captioned or edited,
+which is impossible with pure noise. So its t is at most 0.5, the noise cap. Any other image is
+there to be generated, which starts from pure noise. So its t can be anything up to 1.
 
-For classifier-free guidance, the model must also learn to draw without text. So train.py removes
-the text from some of the documents: [text, image] becomes [image].
+The training documents are a mixture: by default, 10 % text alone, 45 % caption first, and 45 %
+image first. (In the paper, 80 % of the pairs have the caption first. `train.py --task edit` adds
+edits.) In a tenth of the documents with text before an image, the text is dropped, so that the
+model also learns to draw unconditionally, as classifier-free guidance needs.
 
-In code, one training step and one generation, with latents (C, H, W) for images:
+In code, one training step and one generation:
 
-    loss, loss_lm, loss_ddpm = model.loss(model.training_batch(documents))
-    documents = generate(model, [["a red circle."]])
+    loss, parts = model.loss(documents)
+    documents = generate(model, prompts)
 
-The section "Generation" completes the method. The rest of the file contains the tokenizer, the VAE,
-U-Net patches (the paper's alternative to linear ones), the baseline Chameleon, and micro-batches.
-`DEVIATION:` marks a difference from the paper, and names the option (if any) that restores the
-paper's choice. `NOT STATED:` marks what the paper leaves open.
+What the paper found. FID measures generated images (lower is better), CIDEr captions (higher is).
+    - Transfusion needs 3 % of the FLOPs of Chameleon, which turns images into discrete tokens, for
+      the same FID (7B parameters).
+    - Bidirectional attention inside images instead of causal: FID 61.3 -> 20.3 (0.76B).
+    - U-Net patches instead of linear ones: FID 20.3 -> 16.7, CIDEr 16.0 -> 25.4 (0.76B).
+    - The noise cap: CIDEr 25.4 -> 29.4 (0.76B, U-Net).
 
-Shapes: B documents, T positions, M images in the batch, C x H x W latents (by default 4 x 8 x 8),
-N patches per image (4 x 4 = 16), P numbers per patch (4 x 2 x 2 = 16), D width of the transformer
-(96), V size of the vocabulary.
+                              this toy         the paper
+    parameters                0.5M             0.16B to 7B
+    width of the transformer  96               768 to 4096
+    pixels of a picture       32 x 32          256 x 256
+    latents                   4 x 8 x 8        8 x 32 x 32
+    patches of an image       16, of 2 x 2     256, of 2 x 2
+
+The section "Generation" completes the method. After it come the tokenizer, the VAE, U-Net patches
+and the baseline Chameleon.
+`DEVIATION:` marks a difference from the paper, with the option (if any) that restores the paper's
+choice. `NOT STATED:` marks what the paper leaves open.
+
+Shapes: B documents, T positions, M images in the batch, C x H x W latents of an image, N patches of
+an image, D width of the transformer, V size of the vocabulary.
 """
 
 import math
 import re
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -73,208 +84,152 @@ from torch import nn
 
 @dataclass
 class Config:
-    """Every field is an option of train.py, and the comment beside it is its help text.
-
-    Skim them for now: each is explained where it is used.
-    """
-    model: str = "transfusion"  # or chameleon, the baseline with discrete images
+    """Each field is an option of train.py, and its comment is the help text. Skim them for now."""
+    model: Literal["transfusion", "chameleon"] = "transfusion"  # chameleon is the baseline
     dim: int = 96  # width of the transformer
     n_layers: int = 4  # number of transformer blocks
     n_heads: int = 6  # attention heads per block
-    # DEVIATION: the paper's Llama block has no QK-norm (--no-qk-norm).
-    qk_norm: bool = True  # normalise queries and keys; Chameleon always does
+    # DEVIATION: the paper's Transfusion does not normalise queries and keys (--no-qk-norm).
+    qk_norm: bool = True  # normalise queries and keys
     bidirectional: bool = True  # the patches of an image see each other; off: causal attention only
-    target: str = "x0"  # what the model predicts from a noised image: eps, v or x0
-    t_power: float = 3.0  # of training times t: 1 is uniform, higher values favour noisier images
-    patch_encoder: str = "linear"  # between latents and transformer: linear or unet
-    unet_dim: int = 32  # channels of the U-Net at full resolution, doubled at each halving
-    patch_position: bool = True  # learned embedding of each patch's position in its image
+    target: Literal["eps", "x0", "v"] = "x0"  # what the model predicts from a noised image
+    t_power: float = 3.0  # t = u^(1 / t_power), u uniform: 1 is uniform, higher is noisier
+    patch_encoder: Literal["linear", "unet"] = "linear"  # between latents and transformer
     lambda_ddpm: float = 5.0  # weight of the diffusion loss, as in the paper
-    noise_cap: float = 0.5  # largest training t of an image that comes first in a longer document
-    instruction_loss: bool = True  # LM loss on text between two images; --task edit turns it off
+    noise_cap: float = 0.5  # largest training t of a document's first image, if something follows
     image_size: int = 32  # pixels per side of a picture
-    latent_size: int = 8  # latents per side of an image
+    latent_size: int = 8  # resolution of an image: latents per side
     latent_channels: int = 4  # channels of the latents
     patch_size: int = 2  # latents per side of a patch
     vae_dim: int = 24  # channels of the VAE at half the resolution of the picture
-    vae_kl: float = 1e-3  # weight of the VAE's KL loss
-    code_dim: int = 4  # Chameleon: length of each codebook vector
-    code_levels: int = 5  # Chameleon: values that each of its entries can take
-    z_loss: float = 1e-5  # Chameleon: weight of log(Z)^2, with Z the denominator of the softmax
 
     def __post_init__(self):
+        if min(self.dim, self.n_layers, self.n_heads, self.patch_size, self.latent_channels) < 1:
+            raise ValueError("dim, n_layers, n_heads and the sizes must be at least 1")
         self.grid = self.latent_size // self.patch_size  # patches per side of an image
         self.n_patches = self.grid**2
-        self.patch_dim = self.latent_channels * self.patch_size**2
         self.latent_shape = (self.latent_channels, self.latent_size, self.latent_size)
+        if self.dim % (2 * self.n_heads):
+            raise ValueError(f"dim ({self.dim}) must be a multiple of 2 * n_heads")
+        if self.grid * self.patch_size != self.latent_size:
+            raise ValueError(f"patch_size ({self.patch_size}) must divide latent_size")
+        if self.image_size not in [self.latent_size * 2**n for n in range(1, 9)]:
+            raise ValueError(f"image_size ({self.image_size}) must be latent_size * 2, 4, 8, ...")
 
-# ---- Documents and batches -----------------------------------------------------------------------
+# ---- Documents -----------------------------------------------------------------------------------
 
-SPECIAL_TOKENS = ["PAD", "BOS", "EOS", "BOI", "EOI", "PATCH"]
-PAD, BOS, EOS, BOI, EOI, PATCH = range(len(SPECIAL_TOKENS))
-N_SPECIAL = len(SPECIAL_TOKENS)  # ids from here up are text tokens
+# The special tokens. The model never has to predict the first four.
+PAD, BOS, EOI, PATCH, BOI, EOS = range(6)
+N_NEVER_PREDICTED, N_SPECIAL = 4, 6  # text tokens are numbered from N_SPECIAL
 
-NO_LOSS = -100  # the "-" of the tables above; F.cross_entropy ignores it
+def pack(documents, cfg, device):
+    """Documents -> tokens (B, T) and images (M, C, H, W).
 
-@dataclass
-class Batch:
-    """Packed documents: the rows of the tables above, and all images in one flat list."""
-    tokens: torch.Tensor  # (B, T) int64: token ids; PATCH stands for a patch; PAD is on the right
-    targets: torch.Tensor  # (B, T) int64: the token that each position has to predict, or NO_LOSS
-    image_id: torch.Tensor  # (B, T) int64: for a patch, the index of its image; elsewhere -1
-    images: torch.Tensor  # (M, C, H, W): in reading order, noised to t (Chameleon: codes (M, N))
-    t: torch.Tensor  # (M,): the noise level of each image
-    image_targets: torch.Tensor  # (M, C, H, W): what the model has to predict for each image
-    # The denominators of the two losses: the number of positions with an LM loss, and of images
-    # with a diffusion loss. They are stored because a micro-batch keeps those of the whole batch.
-    n_text_losses: torch.Tensor = None
-    n_image_losses: torch.Tensor = None
-
-def pack(documents, tokenizer, cfg, device="cpu", end=True):
-    """Pack documents, whose parts are str or images (C, H, W). If `end`, each ends with EOS."""
+    A document is a list, in reading order, of text tokens (int) and images, float (C, H, W). The
+    baseline Chameleon has discrete images: the tokens of their patches, int (N,).
+    """
     rows, images = [], []
     for document in documents:
-        row = [(BOS, False, -1)]  # for each token: (token, is it predicted?, image_id)
-        for i, part in enumerate(document):
-            if isinstance(part, str):
-                is_predicted = cfg.instruction_loss or not is_instruction(document, i)
-                row += [(token, is_predicted, -1) for token in tokenizer.encode(part)]
+        row = [BOS]
+        for item in document:
+            if isinstance(item, int):
+                row.append(item)
+            elif item.is_floating_point():
+                row += [BOI] + [PATCH] * cfg.n_patches + [EOI]
+                images.append(item.to(device))
             else:
-                row.append((BOI, True, -1))
-                row += [(PATCH, False, len(images))] * cfg.n_patches
-                row.append((EOI, False, -1))
-                images.append(part)
-        if end:
-            row.append((EOS, True, -1))
-        rows.append(row)
-
-    longest = max(len(row) for row in rows)
-    rows = [row + [(PAD, False, -1)] * (longest - len(row)) for row in rows]
-    tokens, is_predicted, image_id = torch.tensor(rows, device=device).unbind(-1)  # (B, T) each
-    targets = torch.where(is_predicted.bool(), tokens, NO_LOSS)
-    targets = F.pad(targets[:, 1:], (0, 1), value=NO_LOSS)  # position i predicts token i + 1
-    images = [image.to(device) for image in images]
+                row += [BOI, *item.tolist(), EOI]
+        rows.append([*row, EOS])
+    rows = [torch.tensor(row, device=device) for row in rows]
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
     images = torch.stack(images) if images else torch.zeros(0, *cfg.latent_shape, device=device)
-    t = torch.zeros(len(images), device=device)
-    # So far the images are clean. `training_batch` replaces images, t and image_targets.
-    return Batch(tokens, targets, image_id, images, t, image_targets=images)
+    return tokens, images
 
-def is_instruction(document, i):
-    """Is part i of the document text that lies between two images?"""
-    is_image = [not isinstance(part, str) for part in document]
-    return any(is_image[:i]) and any(is_image[i + 1 :])
+def next_tokens(tokens):
+    """Row "predicts" of the tables above: tokens (B, T) -> the token after each position but the
+    last, and whether it has an LM loss, both (B, T - 1).
+    """
+    targets = tokens[:, 1:]
+    return targets, targets >= N_NEVER_PREDICTED
 
-def attention_mask(image_id, bidirectional=True):
+def attention_mask(tokens, bidirectional=True):
     """Section 3, "Transfusion attention": may the query (row) see the key (column)?
 
-    image_id (B, T) -> bool (B, 1, T, T), the same for all heads. Padding needs no rule of its own:
-    it is on the right, so causality already hides it from everything else.
+    tokens (B, T) -> bool (B, 1, T, T), the same for all heads. Padding needs no rule of its own: it
+    is on the right, so causal attention already hides it.
     """
-    T = image_id.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=image_id.device).tril()
-    same_image = image_id[:, :, None] == image_id[:, None, :]  # (B, T, T)
-    same_image = same_image & (image_id >= 0)[:, :, None]  # -1 means no image
-    mask = (causal | same_image) if bidirectional else causal.expand_as(same_image)
-    return mask[:, None]
+    T = tokens.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
+    # For each position: 1, 2, ... in the patches of the first, second, ... image, and 0 elsewhere.
+    image_number = (tokens == BOI).cumsum(1) * (tokens == PATCH)
+    same_image = image_number[:, :, None] == image_number[:, None, :]
+    same_image = same_image & (image_number > 0)[:, None, :]  # two zeros are not the same image
+    return (causal | (same_image & bidirectional))[:, None]
 
 # ---- Diffusion -----------------------------------------------------------------------------------
 
 def alpha_bar(t):
-    """The fraction of the variance of x_t that is signal: times (M,) -> (M, 1, 1, 1).
+    """The share of the variance of x_t that is signal: noise levels t (M,) -> (M, 1, 1, 1).
 
-    Cosine schedule (section 2.2): sqrt(alpha_bar) = cos(t * pi / 2). Our t is continuous; the
-    paper's timestep is 1000 t. The clamp avoids division by zero. Any schedule that falls from 1 to
-    0 would work, but the defaults of t_power and noise_cap were chosen for this one.
+    Cosine schedule (section 2.2): sqrt(alpha_bar) = cos(t * pi / 2). Here t is continuous; the
+    paper's timestep is 1000 t. The clamp prevents division by zero.
     """
     return torch.cos(t * math.pi / 2).square().clamp(1e-6, 1 - 1e-6)[:, None, None, None]
 
 def signal_and_noise(t):
-    """The scales a and s in x_t = a x0 + s eps, both (M, 1, 1, 1). The sum a^2 + s^2 is 1."""
+    """The scales a and s in x_t = a x0 + s eps. a^2 + s^2 = 1, and x0 and x_t have variance 1."""
     return alpha_bar(t).sqrt(), (1 - alpha_bar(t)).sqrt()
 
 def q_sample(x0, eps, t):
-    """Section 2.2: add noise eps ~ N(0, 1) to images x0, both (M, C, H, W), for times t (M,)."""
+    """Section 2.2: add noise eps ~ N(0, 1) to images x0, both (M, C, H, W), at levels t (M,)."""
     a, s = signal_and_noise(t)
     return a * x0 + s * eps
 
 def diffusion_target(x0, eps, t, target):
-    """What the model has to predict from x_t: the noise eps, the image x0, or the mixture v
-    (v-prediction, arXiv 2202.00512). Given x_t, any one of them determines the other two.
+    """What the model predicts from x_t: the noise eps, the image x0, or v (arXiv 2202.00512).
 
-    DEVIATION: the paper predicts eps (--target eps). With x0, a model of this size learns to draw
-    in far fewer training steps (data/README.md). The reason lies near t = 1, where the text decides
-    what is drawn. There x_t is almost equal to eps, so the model can predict eps well without
-    reading the text. It cannot predict x0 that way. (Since eps = (x_t - a x0) / s, an error in x0
-    is only a / s times as large in eps, and near t = 1 the signal a is almost 0.)
+    DEVIATION: the paper predicts eps (--target eps; DDPM's uniform t goes with it: --t-power 1). At
+    this size, a model that predicts x0 learns to draw in far fewer steps (data/README.md). The
+    reason lies near t = 1, where the text decides what is drawn. There x_t is almost eps, so a
+    model can predict eps well without reading the text. It cannot predict x0 without the text.
     """
     a, s = signal_and_noise(t)
-    if target == "eps":
-        return eps
-    if target == "v":
-        return a * eps - s * x0
-    return x0
+    return {"eps": eps, "x0": x0, "v": a * eps - s * x0}[target]
 
 def predicted_x0(xt, pred, t, target):
-    """Solve x_t = a x0 + s eps for x0, given the prediction of eps, v or x0."""
-    a, s = signal_and_noise(t)
-    if target == "eps":
-        return (xt - s * pred) / a
-    if target == "v":  # a x_t - s v = (a^2 + s^2) x0, and a^2 + s^2 = 1
-        return a * xt - s * pred
-    return pred
+    """Solve x_t = a x0 + s eps for x0, given a prediction of eps, x0 or v.
 
-def p_sample(xt, pred, t, t_next, target, eta=0.0):
-    """One denoising step, from t to t_next < t, each (M,) or (1,).
-
-    The prediction gives estimates of x0 and eps. We noise x0 again, but only to t_next, and with
-    the same eps: this is DDIM (arXiv 2010.02502), the default. With eta > 0, a part of eps is
-    replaced by fresh noise. With eta = 1 this is the ancestral sampler of DDPM.
-
-    NOT STATED: which sampler the paper uses. DEVIATION: the paper takes 250 steps; here 25 to 50
-    DDIM steps are enough (250 steps of DDPM: sample.py --steps 250 --eta 1).
+    For v: a x_t - s v = (a^2 + s^2) x0 = x0.
     """
     a, s = signal_and_noise(t)
-    x0 = predicted_x0(xt, pred, t, target)
-    x0 = x0.clamp(-5, 5)  # for target eps, which was divided by a tiny a if t is near 1
-    eps = (xt - a * x0) / s  # so that a x0 + s eps is still x_t
-    # Equation 16 of DDIM: sigma^2 = eta^2 (1 - ab_next) / (1 - ab) (1 - ab / ab_next). Divided by
-    # 1 - ab_next, the variance of all noise at t_next, it is the fraction that is fresh.
+    return {"eps": (xt - s * pred) / a, "x0": pred, "v": a * xt - s * pred}[target]
+
+def p_sample(xt, x0, t, t_next, eta):
+    """One denoising step, from t to t_next < t, given the predicted x0.
+
+    x_t and x0 determine the noise eps. With the same eps, x0 is noised again, but to t_next: this
+    is DDIM (arXiv 2010.02502, equations 12 and 16). With eta > 0, fresh noise of standard deviation
+    sigma replaces a part of eps. With eta = 1 this is the ancestral sampler of DDPM.
+    NOT STATED: which sampler the paper uses.
+    """
     ab, ab_next = alpha_bar(t), alpha_bar(t_next)
-    fresh = eta**2 * (1 - ab / ab_next) / (1 - ab)
-    eps = (1 - fresh).sqrt() * eps + fresh.sqrt() * torch.randn_like(xt)
-    return q_sample(x0, eps, t_next)
+    eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()
+    sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)).sqrt()
+    kept = (1 - ab_next - sigma**2).clamp(min=0).sqrt()  # the clamp is for rounding errors
+    return ab_next.sqrt() * x0 + kept * eps + sigma * torch.randn_like(xt)
 
-def training_times(n, t_power, device):
-    """Random noise levels t (n,) for training images.
+def guide(conditional, unconditional, guidance_scale):
+    """Classifier-free guidance: move the prediction away from the one made without the text.
 
-    NOT STATED: their distribution. In DDPM it is uniform (t_power = 1). A larger t_power favours
-    noisy images: with 3, half of the times are above 0.79.
+    A scale of 1 is no guidance. Guiding x0 is the same as guiding eps, since x_t = a x0 + s eps is
+    given. DEVIATION: the scale is 2; the paper's is 3 or 5 (--guidance-scale). NOT STATED: how
+    often the text is dropped in training.
     """
-    return torch.rand(n, device=device) ** (1 / t_power)
+    return unconditional + guidance_scale * (conditional - unconditional)
 
-def sampling_times(steps, t_power):
-    """The noise levels that denoising visits, from 1 to 0: (steps + 1,).
-
-    NOT STATED: their spacing. Here most of them are near 1, as in training: they are evenly spaced
-    quantiles of the training times. With t_power = 3, 50 steps visit 1, 0.993, ..., 0.27, 0.
-    """
-    return torch.linspace(1, 0, steps + 1) ** (1 / t_power)
-
-def unconditional(document):
-    """The document without its text. Of an edit, both images stay."""
-    return [part for part in document if not isinstance(part, str)]
-
-def guide(with_text, without_text, guidance_scale):
-    """Classifier-free guidance: push the prediction away from the one made without the text.
-
-    `without_text` is the prediction for the same x_t in the unconditional document. A scale of 1 is
-    no guidance. Guiding x0 or v amounts to guiding eps: given x_t, they determine each other by a
-    linear equation. To teach the model to predict without text, train.py strips the text from a
-    random tenth of the documents that have text before an image (--unconditional-share). They are
-    trained on like any others. NOT STATED: that share. DEVIATION: the scale is 2; the paper uses 3
-    or 5 (--guidance-scale).
-    """
-    return without_text + guidance_scale * (with_text - without_text)
+def without_text(documents):
+    """The unconditional documents: only the images, which for an edit are both of its images."""
+    return [[item for item in document if not isinstance(item, int)] for document in documents]
 
 # ---- Transformer: Llama (RMSNorm, RoPE, SwiGLU, no biases) ---------------------------------------
 
@@ -282,7 +237,8 @@ def rope(x, base=10000.0):
     """Rotary position embedding: rotate pairs of features of x (..., T, head_dim) by angles that
     grow with the position.
 
-    The product of a rotated query and a rotated key then depends only on the distance between them.
+    In the dot product of a rotated query and a rotated key, only their distance then matters.
+    Patches are counted like tokens, in raster order.
     """
     T, head_dim = x.shape[-2:]
     frequency = base ** -(torch.arange(0, head_dim, 2, device=x.device) / head_dim)
@@ -299,24 +255,23 @@ class Attention(nn.Module):
         self.wk = nn.Linear(cfg.dim, cfg.dim, bias=False)
         self.wv = nn.Linear(cfg.dim, cfg.dim, bias=False)
         self.wo = nn.Linear(cfg.dim, cfg.dim, bias=False)
-        head_dim = cfg.dim // cfg.n_heads
-        self.q_norm = nn.RMSNorm(head_dim) if cfg.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_dim) if cfg.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(cfg.dim // cfg.n_heads) if cfg.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(cfg.dim // cfg.n_heads) if cfg.qk_norm else nn.Identity()
 
     def forward(self, x, mask):
-        B, T, D = x.shape
-        q = self.wq(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, heads, T, head_dim)
-        k = self.wk(x).view(B, T, self.n_heads, -1).transpose(1, 2)
-        v = self.wv(x).view(B, T, self.n_heads, -1).transpose(1, 2)
+        q, k, v = [
+            w(x).unflatten(2, (self.n_heads, -1)).transpose(1, 2)  # (B, heads, T, head_dim)
+            for w in (self.wq, self.wk, self.wv)
+        ]
         q = rope(self.q_norm(q))
         k = rope(self.k_norm(k))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.wo(x.transpose(1, 2).reshape(B, T, D))
+        return self.wo(x.transpose(1, 2).flatten(2))  # (B, T, D)
 
 class FeedForward(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        hidden = 32 * max(1, round(cfg.dim * 8 / 3 / 32))  # 8/3 D, a multiple of 32
+        hidden = 32 * round(cfg.dim / 12)  # 8/3 D, rounded to a multiple of 32
         self.w1 = nn.Linear(cfg.dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, cfg.dim, bias=False)
         self.w3 = nn.Linear(cfg.dim, hidden, bias=False)
@@ -336,239 +291,206 @@ class Block(nn.Module):
         x = x + self.attention(self.attention_norm(x), mask)
         return x + self.ffn(self.ffn_norm(x))
 
-class Transformer(nn.Module):
-    """The trunk of Transfusion and Chameleon: embeddings (B, T, D) and a mask -> (B, T, D)."""
+class Llama(nn.Module):
+    """What Transfusion and Chameleon have in common: the parts of a language model.
 
-    def __init__(self, cfg):
+    The vocabulary has n_text special and text tokens, and, in Chameleon, codes after them.
+    """
+
+    def __init__(self, cfg, n_text, n_codes=0):
         super().__init__()
+        self.cfg, self.n_text = cfg, n_text
+        self.token_embedding = nn.Embedding(n_text + n_codes, cfg.dim)
+        # DEVIATION: the paper mentions no embedding of the position of a patch in its image, only
+        # RoPE. With this one, models of this size draw and caption more reliably.
+        self.patch_position = nn.Parameter(torch.empty(cfg.n_patches, cfg.dim))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = nn.RMSNorm(cfg.dim)
+        self.lm_head = nn.Linear(cfg.dim, n_text + n_codes, bias=False)
 
-    def forward(self, x, mask):
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    def embed(self, tokens):
+        """Tokens (B, T) -> embeddings (B, T, D), with the position of each patch in its image."""
+        is_patch = (tokens == PATCH) | (tokens >= self.n_text)  # the latter are Chameleon's codes
+        position = (is_patch.cumsum(1) - 1) % self.cfg.n_patches
+        return self.token_embedding(tokens) + is_patch[:, :, None] * self.patch_position[position]
+
+    def transformer(self, x, mask):
+        """Embeddings (B, T, D) and a mask (B, 1, T, T) -> (B, T, D)."""
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x)
 
-def init_matrices(module, n_layers):
-    """GPT-2's initialisation: N(0, 0.02^2), smaller for the last matrix of a residual branch."""
-    for name, p in module.named_parameters():
-        if p.dim() == 2:
+def init_weights(model):
+    """GPT-2's initialisation: N(0, 0.02^2), smaller for the last matrix of a residual branch.
+
+    This matters most in the patch encoder and decoder. With PyTorch's own initialisation there, a
+    model learns to draw and to caption clearly more slowly.
+    """
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
             ends_branch = name.endswith(("wo.weight", "w2.weight"))
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layers) if ends_branch else 0.02)
+            n_branches = 2 * model.cfg.n_layers if ends_branch else 1
+            nn.init.normal_(p, std=0.02 / math.sqrt(n_branches))
 
 # ---- Linear patches ------------------------------------------------------------------------------
-
-def patchify(latents, size):
-    """(M, C, H, W) -> (M, N, P): size x size squares of latents, flattened, in raster order."""
-    M, C, H, W = latents.shape
-    squares = latents.reshape(M, C, H // size, size, W // size, size)
-    squares = squares.permute(0, 2, 4, 3, 5, 1)  # (M, H / size, W / size, size, size, C)
-    return squares.reshape(M, (H // size) * (W // size), size * size * C)
-
-def unpatchify(patches, size, grid):
-    """The inverse of patchify for images of grid x grid patches: (M, N, P) -> (M, C, H, W)."""
-    M, N, P = patches.shape
-    C = P // size**2
-    squares = patches.reshape(M, grid, grid, size, size, C)
-    squares = squares.permute(0, 5, 1, 3, 2, 4)  # (M, C, grid, size, grid, size)
-    return squares.reshape(M, C, grid * size, grid * size)
 
 class TimeEmbedding(nn.Module):
     """Sinusoids of 1000 t, the paper's timestep, then a small MLP: (M,) -> (M, out_dim)."""
 
-    def __init__(self, out_dim, n_frequencies=64):
+    def __init__(self, out_dim):
         super().__init__()
-        frequency = 1000 * 10000 ** -torch.linspace(0, 1, n_frequencies)  # from 1000 to 0.1
-        self.register_buffer("frequency", frequency, persistent=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(2 * n_frequencies, 128), nn.SiLU(), nn.Linear(128, out_dim)
-        )
+        self.mlp = nn.Sequential(nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, out_dim))
 
     def forward(self, t):
-        angle = t[:, None] * self.frequency
+        frequency = 1000 * 10000 ** -torch.linspace(0, 1, 64, device=t.device)  # from 1000 to 0.1
+        angle = t[:, None] * frequency
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
 
 class LinearPatchEncoder(nn.Module):
-    """Section 3: add the embedding of t (P numbers) to every patch, then apply one linear layer.
+    """Section 3: a linear layer for each patch, and the embedding of t.
 
-    With this encoder, t enters the model only here.
+    With linear patches, t enters the model only here. DEVIATION: the paper adds the embedding
+    before the linear layer, so that it has only the few dimensions of a patch.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        self.patch_size = cfg.patch_size
-        self.time = TimeEmbedding(cfg.patch_dim)
-        self.linear = nn.Linear(cfg.patch_dim, cfg.dim)
+        # A convolution with a stride of its kernel size applies one linear layer to every patch.
+        self.linear = nn.Conv2d(cfg.latent_channels, cfg.dim, cfg.patch_size, cfg.patch_size)
+        self.time = TimeEmbedding(cfg.dim)
 
-    def forward(self, latents, t):
-        patches = patchify(latents, self.patch_size)  # (M, N, P)
-        x = self.linear(patches + self.time(t)[:, None, :])  # (M, N, D)
-        return x, None  # a U-Net returns its skip connections here, for the decoder
+    def forward(self, xt, t):
+        patches = self.linear(xt).flatten(2).transpose(1, 2)  # (M, N, D), in raster order
+        return [patches + self.time(t)[:, None, :]]  # a U-Net returns more than the patches
 
 class LinearPatchDecoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.patch_size, self.grid = cfg.patch_size, cfg.grid
-        self.linear = nn.Linear(cfg.dim, cfg.patch_dim)
+        self.grid = cfg.grid
+        self.linear = nn.ConvTranspose2d(
+            cfg.dim, cfg.latent_channels, cfg.patch_size, cfg.patch_size
+        )
 
-    def forward(self, x, skip):
-        return unpatchify(self.linear(x), self.patch_size, self.grid)  # (M, C, H, W)
+    def forward(self, x):
+        x = x.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (M, D, grid, grid)
+        return self.linear(x)  # (M, C, H, W)
 
 # ---- Transfusion ---------------------------------------------------------------------------------
 
-def next_token_losses(logits, targets):
-    """-log P(target) at each position: (B, T, V) and (B, T) -> (B, T), 0 where there is no loss."""
-    logits = logits.transpose(1, 2)
-    return F.cross_entropy(logits, targets, ignore_index=NO_LOSS, reduction="none")
+class Transfusion(Llama):
+    def __init__(self, cfg, n_text):
+        super().__init__(cfg, n_text)
+        linear = LinearPatchEncoder, LinearPatchDecoder
+        encoder, decoder = {"linear": linear, "unet": (UNetDown, UNetUp)}[cfg.patch_encoder]
+        self.patch_encoder = encoder(cfg)
+        self.patch_decoder = decoder(cfg)
+        init_weights(self)
 
-def is_capped(documents):
-    """For each image, in reading order: is it first in its document, with something after it?
-
-    An image on its own is not capped: it is an unconditional document, and the model must learn to
-    draw it.
-    """
-    return [
-        position == 0 and len(document) > 1
-        for document in documents
-        for position, part in enumerate(document)
-        if not isinstance(part, str)
-    ]
-
-class Transfusion(nn.Module):
-    def __init__(self, cfg, tokenizer):
-        super().__init__()
-        assert cfg.target in ("eps", "v", "x0") and cfg.patch_encoder in ("linear", "unet")
-        self.cfg, self.tokenizer = cfg, tokenizer
-        self.token_embedding = nn.Embedding(len(tokenizer), cfg.dim)
-        # DEVIATION: patches have a learned embedding of their position in the image. The paper
-        # mentions only RoPE, over the raster order of the patches (--no-patch-position).
-        if cfg.patch_position:
-            position = torch.empty(cfg.n_patches, cfg.dim)  # filled by init_matrices
-            self.patch_position = nn.Parameter(position)
-        else:
-            self.patch_position = 0
-        self.transformer = Transformer(cfg)
-        self.lm_head = nn.Linear(cfg.dim, len(tokenizer), bias=False)
-        if cfg.patch_encoder == "linear":
-            self.patch_encoder = LinearPatchEncoder(cfg)
-            self.patch_decoder = LinearPatchDecoder(cfg)
-        init_matrices(self, cfg.n_layers)
-        if cfg.patch_encoder == "unet":  # created after init_matrices, to keep PyTorch's own init
-            self.patch_encoder = UNetDown(cfg)
-            self.patch_decoder = UNetUp(cfg)
-
-    def forward(self, batch):
-        """Run the model on a Batch whose images are noised to batch.t.
-
-        Returns the logits of the next token (B, T, V), and for each image the prediction of eps, v
-        or x0 (M, C, H, W).
+    def forward(self, tokens, xt, t):
+        """Tokens (B, T) and images noised to t, (M, C, H, W) and (M,) -> logits of the next token
+        (B, T, V), and the prediction of eps, x0 or v for each image (M, C, H, W).
         """
-        is_patch = batch.image_id >= 0  # (B, T)
-        x = self.token_embedding(batch.tokens)  # (B, T, D)
-        patches, skip = self.patch_encoder(batch.images, batch.t)
-        patches = patches + self.patch_position  # (M, N, D)
-        # The patches replace the embeddings of PATCH. Row by row, the True positions of is_patch
-        # are the patches of images[0], images[1], ... (.to() matters under autocast.)
-        x[is_patch] = patches.flatten(0, 1).to(x.dtype)
-        x = self.transformer(x, attention_mask(batch.image_id, self.cfg.bidirectional))
+        x = self.embed(tokens)  # (B, T, D)
+        # A U-Net also returns features that skip the transformer. Linear patches have none.
+        patches, *skip = self.patch_encoder(xt, t)  # (M, N, D)
+
+        # The patches are added at the positions of PATCH. Row by row, these are the patches of the
+        # first image, then those of the second, and so on.
+        is_patch = tokens == PATCH
+        x[is_patch] += patches.flatten(0, 1)
+
+        x = self.transformer(x, attention_mask(tokens, self.cfg.bidirectional))
         logits = self.lm_head(x)
-        pred = self.patch_decoder(x[is_patch].view(patches.shape), skip)
+        pred = self.patch_decoder(x[is_patch].view(patches.shape), *skip)
         return logits, pred
 
-    def pack(self, documents, end=True):
-        return pack(documents, self.tokenizer, self.cfg, self.lm_head.weight.device, end)
+    def loss(self, documents):
+        """Section 3, training objective: L = L_LM + lambda * L_DDPM.
 
-    def training_batch(self, documents):
-        """Pack documents of clean images, then add noise to the images. Returns a Batch."""
-        batch = self.pack(documents)
-        x0 = batch.images
+        Returns the loss and its parts, which train.py logs under their names.
+        """
+        cfg = self.cfg
+        tokens, x0 = pack(documents, cfg, self.device)
 
-        # Each image has its own t. The noise cap (table 8) limits some of them. NOT STATED: how a
-        # capped t is distributed. Here it is uniform.
-        t = training_times(len(x0), self.cfg.t_power, x0.device)  # (M,)
-        capped_t = self.cfg.noise_cap * torch.rand_like(t)
-        capped = torch.tensor(is_capped(documents), dtype=torch.bool, device=t.device)
-        batch.t = torch.where(capped, capped_t, t)
+        # The noise level of each image. NOT STATED: its distribution. DDPM's is uniform, as here
+        # with t_power = 1. With 3, half of the levels are above 0.79.
+        t = torch.rand(len(x0), device=self.device) ** (1 / cfg.t_power)  # (M,)
+        # The noise cap (table 8), for an image that is first in its document (its BOI is in column
+        # 1) and not last (the token after its EOI is not EOS).
+        row, column = (tokens == BOI).nonzero(as_tuple=True)
+        after_image = tokens[row, column + cfg.n_patches + 2]
+        is_capped = (column == 1) & (after_image != EOS)
+        # NOT STATED: the distribution of a capped t. Here it is uniform.
+        t = torch.where(is_capped, cfg.noise_cap * torch.rand_like(t), t)
 
         eps = torch.randn_like(x0)
-        batch.images = q_sample(x0, eps, batch.t)  # the latents are noised, not the patches
-        batch.image_targets = diffusion_target(x0, eps, batch.t, self.cfg.target)
+        xt = q_sample(x0, eps, t)  # the latents are noised, not the patches
+        logits, pred = self(tokens, xt, t)
 
-        batch.n_text_losses = (batch.targets != NO_LOSS).sum()
-        # Every noised image has a diffusion loss. (With noise_cap = 0, capped images stay clean.)
-        batch.n_image_losses = (batch.t > 0).sum()
-        return batch
+        # L_LM: the mean over all positions of the batch that have a target.
+        targets, has_loss = next_tokens(tokens)
+        loss_lm = F.cross_entropy(logits[:, :-1][has_loss], targets[has_loss])
 
-    def loss(self, batch):
-        """Section 3, training objective: L = L_LM + lambda * L_DDPM, for a training batch.
+        # L_DDPM: the mean squared error of each image, then the mean over the images of the batch
+        # (if it has any).
+        error = (pred - diffusion_target(x0, eps, t, cfg.target)).square().mean((1, 2, 3))  # (M,)
+        loss_ddpm = error.sum() / max(1, len(error))
 
-        Returns (loss, loss_lm, loss_ddpm).
+        return loss_lm + cfg.lambda_ddpm * loss_ddpm, {"text": loss_lm, "image": loss_ddpm}
+
+    def logits(self, documents):
+        """Documents with clean images -> their tokens (B, T) and next-token logits (B, T, V).
+
+        NOT STATED: the t of images that are given or already drawn. Here it is 0.
         """
-        logits, pred = self(batch)
+        tokens, images = pack(documents, self.cfg, self.device)
+        logits, _ = self(tokens, images, t=torch.zeros(len(images), device=self.device))
+        return tokens, logits
 
-        # LM loss: the mean over all positions that have a target.
-        loss_lm = next_token_losses(logits, batch.targets).sum() / batch.n_text_losses.clamp(min=1)
+    def predict_x0(self, documents, xt, t):
+        """Predict x0 (B, C, H, W) for images x_t, each at the end of its document.
 
-        # Diffusion loss: the mean squared error of each image, then the mean over noised images.
-        error = (pred - batch.image_targets).square().mean((1, 2, 3))  # (M,)
-        loss_ddpm = (error * (batch.t > 0)).sum() / batch.n_image_losses.clamp(min=1)
-
-        return loss_lm + self.cfg.lambda_ddpm * loss_ddpm, loss_lm, loss_ddpm
-
-    def logits(self, documents, end=True):
-        """Documents with clean images -> their next-token logits (B, T, V), and their Batch.
-
-        NOT STATED: the t of images that are in the prompt or already drawn. Here it is 0, although
-        in training they are noised: up to noise_cap if they come first, and otherwise to any t.
+        All x_t have the same t (1,). Images before them are clean.
         """
-        batch = self.pack(documents, end)
-        logits, _ = self(batch)
-        return logits, batch
-
-    def predict_last_image(self, documents, t):
-        """Predict eps, v or x0 (B, C, H, W) for the last image of each document, which is an x_t.
-
-        All documents share the same t. The images before x_t are clean.
-        """
-        # end=False leaves out EOS. EOI is already there, but no patch can see it.
-        batch = self.pack(documents, end=False)
-        # Images are numbered in reading order, so the last one of a row has its largest image_id.
-        last = batch.image_id.amax(1)
-        batch.t[last] = t  # all other images keep t = 0
-        _, pred = self(batch)
-        return pred[last]
+        documents = [[*document, image] for document, image in zip(documents, xt)]
+        tokens, images = pack(documents, self.cfg, self.device)
+        last = (tokens == BOI).sum(1).cumsum(0) - 1  # index of each document's last image (B,)
+        times = torch.zeros(len(images), device=self.device)
+        times[last] = t
+        _, pred = self(tokens, images, times)
+        return predicted_x0(xt, pred[last], t, self.cfg.target)
 
     def draw(self, documents, steps, guidance_scale, eta, show):
-        """Diffusion mode: append noise to each document, in place, and denoise it step by step.
+        """Diffusion mode: generate an image to follow each document. Returns (B, C, H, W).
 
-        `generate` calls this when the model has predicted BOI, and displays the documents in
-        show(). Every step runs the model on the whole sequence. A key-value cache would avoid
-        recomputing what precedes the image, but would pay off only with long texts or many images.
+        DEVIATION: the paper takes 250 steps (--steps 250). Each step runs the model on the whole
+        sequence. A key-value cache of what precedes the image would pay off only with long texts.
         """
-        device = self.lm_head.weight.device
-        xt = torch.randn(len(documents), *self.cfg.latent_shape, device=device)
-        for document, image in zip(documents, xt):
-            document.append(image)
-        for t, t_next in pairwise(sampling_times(steps, self.cfg.t_power).to(device)):
-            pred = self.predict_last_image(documents, t)
-            if guidance_scale != 1:
-                without_text = [unconditional(document) for document in documents]  # keeps x_t
-                pred = guide(pred, self.predict_last_image(without_text, t), guidance_scale)
-            xt = p_sample(xt, pred, t[None], t_next[None], self.cfg.target, eta)
-            for document, image in zip(documents, xt):
-                document[-1] = image
-            show()
+        both = documents + without_text(documents)  # for guidance
+        xt = torch.randn(len(documents), *self.cfg.latent_shape, device=self.device)
+        # NOT STATED: the noise levels of the steps. Here they are spaced like those of training.
+        times = torch.linspace(1, 0, steps + 1, device=self.device) ** (1 / self.cfg.t_power)
+        for t, t_next in pairwise(times.split(1)):
+            conditional, unconditional = self.predict_x0(both, torch.cat([xt, xt]), t).chunk(2)
+            x0 = guide(conditional, unconditional, guidance_scale)
+            x0 = x0.clamp(-5, 5)  # an x0 that is computed from eps can be huge near t = 1
+            xt = p_sample(xt, x0, t, t_next, eta)
+            show(documents, xt)
+        return xt
 
 # ---- Generation ----------------------------------------------------------------------------------
 
-def next_token_logits(model, documents):
-    """Logits (B, V) of the token after each document, which can be text, BOI or EOS."""
-    logits, batch = model.logits(documents, end=False)
-    last = (batch.tokens != PAD).sum(1) - 1  # the last position that is not padding (B,)
-    logits = logits[torch.arange(len(last), device=last.device), last]
-    logits = logits[:, : len(model.tokenizer)]  # Chameleon's vocabulary has image codes after these
-    logits[:, [PAD, BOS, EOI, PATCH]] = -math.inf  # only `pack` inserts these
-    return logits
+def next_logits(model, documents):
+    """Logits (B, V) of the token after each document."""
+    tokens, logits = model.logits(documents)
+    # `pack` ends every document with EOS. The position before it cannot see this EOS, and predicts
+    # the next token.
+    before_eos = tokens[:, 1:] == EOS
+    return logits[:, :-1][before_eos]
 
 def sample_tokens(logits, temperature):
     """One token for each row of logits (B, V). Temperature 0 is greedy, the paper's choice."""
@@ -576,66 +498,59 @@ def sample_tokens(logits, temperature):
         return logits.argmax(-1)
     return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
 
-def append_token(document, token, tokenizer):
-    """Append a text token to a document, in place.
-
-    Documents hold text, as in training, so the token is decoded here, and `pack` encodes the text
-    again. (If the model spells a known word in bytes, the word then becomes one token.)
-    """
-    if document and isinstance(document[-1], str):
-        document[-1] = tokenizer.decode(tokenizer.encode(document[-1]) + [token])
-    else:
-        document.append(tokenizer.decode([token]))
-
-def write(model, documents, max_tokens, temperature, show):
+def write(model, documents, max_tokens, temperature):
     """LM mode: append text to documents, in place, until the model predicts BOI or EOS, or has
-    written max_tokens. Returns the documents that got BOI; the others are finished.
+    written max_tokens. Returns the documents for which it predicted BOI. BOI itself is not
+    appended: `pack` puts it before the image that follows.
     """
     wants_image = []
     for _ in range(max_tokens):
         if not documents:
             break
-        tokens = sample_tokens(next_token_logits(model, documents), temperature)
+        logits = next_logits(model, documents)[:, : model.n_text]  # none of Chameleon's codes
+        logits[:, :N_NEVER_PREDICTED] = -math.inf
         still_writing = []
-        for document, token in zip(documents, tokens.tolist()):
-            if token == BOI:  # not stored: `pack` puts it before the image
+        for document, token in zip(documents, sample_tokens(logits, temperature).tolist()):
+            if token == BOI:
                 wants_image.append(document)
             elif token != EOS:
-                append_token(document, token, model.tokenizer)
+                document.append(token)
                 still_writing.append(document)
         documents = still_writing
-        show()
     return wants_image
 
 @torch.no_grad()
 def generate(
     model, documents, max_tokens=64, max_images=1,
-    steps=50, guidance_scale=2.0, eta=0.0,  # how images are sampled
-    temperature=0.0,  # how text is sampled
-    show=lambda documents: None,
+    steps=50, guidance_scale=2.0, eta=0.0,  # for diffusion mode
+    temperature=0.0,  # for LM mode
+    show=lambda documents, images: None,
 ):
-    """Section 3, inference: continue documents of str and images until EOS. Returns them.
+    """Section 3, inference: continue documents, lists of tokens and images, until EOS.
 
-    The model itself decides when to draw, by predicting BOI. A document also ends after max_tokens
-    of text in a row, or at a BOI once max_images have been drawn. The function `show` is called
-    with all documents after every token and every denoising step.
+    The model itself switches to diffusion mode, by predicting BOI. After a finished image, `pack`
+    inserts EOI, and LM mode goes on. A document also ends after max_tokens without an image, or at
+    the next BOI once it has max_images new images. `show` is called after every denoising step,
+    with the documents that get an image, and the images at this step.
     """
     documents = [list(document) for document in documents]  # copies, which grow below
-    show_all = partial(show, documents)  # show_all() is show(documents)
-    active = documents  # the unfinished ones; their images are drawn together
-    while True:
-        active = write(model, active, max_tokens, temperature, show_all)
+    active = documents
+    while active:
+        active = write(model, active, max_tokens, temperature)
         if not active or max_images == 0:
-            return documents
-        model.draw(active, steps, guidance_scale, eta, show_all)  # `pack` adds BOI and EOI
+            break
+        images = model.draw(active, steps, guidance_scale, eta, show)
+        for document, image in zip(active, images):
+            document.append(image)
         max_images -= 1
+    return documents
 
 # ---- Tokenizer: text to tokens and back ----------------------------------------------------------
 
 class Tokenizer:
-    """A known word, with the space before it, is one token. Other text is encoded as UTF-8 bytes.
+    """A known word, with the space before it, is one token. All other text is UTF-8 bytes.
 
-    Encoding puts a space before the text, and decoding removes it. So if only " a" and " red" are
+    Encoding puts a space before the text, and decoding removes it. If only " a" and " red" are
     known, "a red dog" becomes the tokens " a" and " red", and one token for each byte of " dog".
     """
 
@@ -644,7 +559,7 @@ class Tokenizer:
         pieces = [word if word in ".,;:!?" else " " + word for word in self.words]
         self.bytes_of = [b""] * N_SPECIAL + [bytes([i]) for i in range(256)]
         self.bytes_of += [piece.encode() for piece in pieces]
-        self.id_of = {piece: N_SPECIAL + 256 + i for i, piece in enumerate(pieces)}
+        self.token_of = {piece: token for token, piece in enumerate(self.bytes_of)}
 
     def __len__(self):
         return len(self.bytes_of)
@@ -655,23 +570,32 @@ class Tokenizer:
         return re.findall(r" ?[^\s.,;:!?]+|.", " " + text, re.DOTALL)
 
     def encode(self, text):
-        """str -> list of token ids."""
-        ids = []
+        """str -> list of tokens."""
+        tokens = []
         for piece in self.split(text):
-            if piece in self.id_of:
-                ids.append(self.id_of[piece])
-            else:
-                ids += [N_SPECIAL + byte for byte in piece.encode(errors="surrogateescape")]
-        return ids
+            piece = piece.encode(errors="replace")
+            parts = [piece] if piece in self.token_of else [bytes([byte]) for byte in piece]
+            tokens += [self.token_of[part] for part in parts]
+        return tokens
 
-    def decode(self, ids):
-        """List of token ids -> str, the inverse of encode. Special tokens are skipped.
+    def decode(self, tokens):
+        """List of tokens -> str, the inverse of encode. Bytes that are not UTF-8 become U+FFFD."""
+        text = b"".join(self.bytes_of[token] for token in tokens)
+        return text.removeprefix(b" ").decode(errors="replace")
 
-        A model may write invalid UTF-8. Such bytes become surrogates, which encode turns back into
-        bytes.
-        """
-        text_bytes = b"".join(self.bytes_of[i] for i in ids).removeprefix(b" ")
-        return text_bytes.decode(errors="surrogateescape")
+def encode(documents, tokenizer, vae):
+    """Documents of str and pictures, uint8 (H, W, 3) -> documents of tokens and images."""
+    parts = [part for document in documents for part in document]
+    pictures = [torch.as_tensor(part) for part in parts if not isinstance(part, str)]
+    batches = torch.stack(pictures).split(512) if pictures else []
+    images = iter([image for batch in batches for image in vae.encode(batch)])
+    encoded = []
+    for document in documents:
+        items = []
+        for part in document:
+            items += tokenizer.encode(part) if isinstance(part, str) else [next(images)]
+        encoded.append(items)
+    return encoded
 
 # ---- VAE: pictures to latents and back -----------------------------------------------------------
 
@@ -681,310 +605,216 @@ class VAE(nn.Module):
     Pictures are uint8 pixels (M, H, W, 3). DEVIATION: the paper's VAE has 86M parameters.
     """
 
-    def __init__(self, image_size, latent_size, latent_channels, dim, kl):
+    def __init__(self, cfg):
         super().__init__()
-        self.kl = kl
-        n_halvings = int(math.log2(image_size / latent_size))
-        # Channels from high to low resolution, at most 4 * dim: here 24 (16 x 16) and 48 (8 x 8).
-        widths = [dim * 2 ** min(i, 2) for i in range(n_halvings)]
-        wide = widths[-1]
+        n_halvings = int(math.log2(cfg.image_size / cfg.latent_size))
+        widths = [cfg.vae_dim * 2**i for i in range(n_halvings)]  # 24 (16 x 16) and 48 (8 x 8)
         down, up = [], []
         for n_in, n_out in pairwise([3, *widths]):
             down += [nn.Conv2d(n_in, n_out, 4, stride=2, padding=1), nn.SiLU()]
-        for n_in, n_out in pairwise([*widths[::-1], 3]):
-            up += [nn.SiLU(), nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1)]
+            up = [nn.SiLU(), nn.ConvTranspose2d(n_out, n_in, 4, stride=2, padding=1), *up]
+        wide = widths[-1]
         self.encoder = nn.Sequential(
             *down,
             nn.Conv2d(wide, wide, 3, padding=1), nn.SiLU(),
-            nn.Conv2d(wide, 2 * latent_channels, 1),  # mean and log variance of the posterior
+            nn.Conv2d(wide, 2 * cfg.latent_channels, 1),  # mean and log variance of the posterior
         )
         self.decoder = nn.Sequential(
-            nn.Conv2d(latent_channels, wide, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(cfg.latent_channels, wide, 3, padding=1), nn.SiLU(),
             nn.Conv2d(wide, wide, 3, padding=1),
             *up,
         )
-        # Statistics of the latents, so that diffusion sees them with mean 0 and variance 1.
+        # Makes latents of mean 0 and variance 1, because noise levels are relative to variance 1.
+        # After training, call vae.eval(), which fixes the statistics.
         # NOT STATED: how the paper scales its latents.
-        self.register_buffer("mean", torch.zeros(latent_channels, 1, 1))
-        self.register_buffer("std", torch.ones(latent_channels, 1, 1))
+        self.normalise = nn.BatchNorm2d(cfg.latent_channels, affine=False)
 
     def to_input(self, pictures):
         """uint8 (M, H, W, 3) -> float (M, 3, H, W) in [-1, 1], on the device of the VAE."""
-        return pictures.to(self.mean.device).permute(0, 3, 1, 2) / 127.5 - 1
+        return pictures.permute(0, 3, 1, 2).to(self.normalise.running_mean) / 127.5 - 1
 
-    def to_pictures(self, x):
-        """The inverse of to_input."""
-        return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-
-    def loss(self, pictures):
-        """Squared error of the reconstruction + kl * KL(posterior, N(0, 1)), both averaged."""
-        x = self.to_input(pictures)
+    def posterior(self, x):
+        """The mean and the log variance of the latents, both (M, C, h, w)."""
         mean, log_var = self.encoder(x).chunk(2, dim=1)
-        z = mean + (log_var / 2).exp() * torch.randn_like(mean)
-        kl = (mean**2 + log_var.exp() - 1 - log_var).mean() / 2
-        return F.mse_loss(self.decoder(z), x) + self.kl * kl
+        return self.normalise(mean), log_var
 
-    @torch.no_grad()
-    def calibrate(self, pictures):
-        """Measure the statistics of the latents, once, after training."""
-        mean, _ = self.encoder(self.to_input(pictures)).chunk(2, dim=1)
-        self.mean.copy_(mean.mean((0, 2, 3))[:, None, None])
-        self.std.copy_(mean.std((0, 2, 3))[:, None, None])
+    def loss(self, pictures, kl_weight=1e-3):
+        """Squared error of the reconstruction + kl_weight * KL(posterior, N(0, 1)), averaged."""
+        x = self.to_input(pictures)
+        mean, log_var = self.posterior(x)
+        z = mean + (log_var / 2).exp() * torch.randn_like(mean)
+        # The means are normalised already. The KL keeps the variance from shrinking to 0.
+        kl = (mean**2 + log_var.exp() - 1 - log_var).mean() / 2
+        return F.mse_loss(self.decoder(z), x) + kl_weight * kl
 
     @torch.no_grad()
     def encode(self, pictures):
-        """uint8 (M, H, W, 3) -> latents (M, C, h, w): the mean of the posterior, normalised."""
-        encoded = [self.encoder(self.to_input(part)) for part in pictures.split(512)]
-        mean, _ = torch.cat(encoded).chunk(2, dim=1)
-        return (mean - self.mean) / self.std
+        """uint8 (M, H, W, 3) -> latents (M, C, h, w): the mean of the posterior."""
+        return self.posterior(self.to_input(pictures))[0]
 
     @torch.no_grad()
     def decode(self, latents):
         """Latents (M, C, h, w) -> uint8 (M, H, W, 3)."""
-        return self.to_pictures(self.decoder(latents * self.std + self.mean))
-
-def encode_pictures(documents, vae):
-    """Documents of str and pictures, uint8 (H, W, 3) -> documents of str and latents (or codes)."""
-    parts = [part for document in documents for part in document]
-    pictures = [torch.as_tensor(part) for part in parts if not isinstance(part, str)]
-    images = iter(vae.encode(torch.stack(pictures)) if pictures else [])
-    return [
-        [part if isinstance(part, str) else next(images) for part in document]
-        for document in documents
-    ]
+        x = self.decoder(latents).clamp(-1, 1)
+        return ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 # ---- U-Net patches -------------------------------------------------------------------------------
+
+UNET_DIM, TIME_DIM = 32, 128  # channels at the latents' resolution; dimension of the embedding of t
+
+def unet_widths(cfg):
+    """Channels at the resolution of the latents, at half of it, and so on, down to the patches."""
+    return [UNET_DIM * 2**i for i in range(1 + int(math.log2(cfg.patch_size)))]
+
+def norm_conv(n_in, n_out):
+    return nn.Sequential(nn.GroupNorm(1, n_in), nn.SiLU(), nn.Conv2d(n_in, n_out, 3, padding=1))
 
 class ResBlock(nn.Module):
     """Like DDPM's residual block: two convolutions, with the embedding of t added in between."""
 
-    def __init__(self, n_in, n_out, time_dim):
+    def __init__(self, n_in, n_out):
         super().__init__()
-        self.norm1 = nn.GroupNorm(1, n_in)
-        self.conv1 = nn.Conv2d(n_in, n_out, 3, padding=1)
-        self.time = nn.Linear(time_dim, n_out)
-        self.norm2 = nn.GroupNorm(1, n_out)
-        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1)
+        self.conv1 = norm_conv(n_in, n_out)
+        self.time = nn.Linear(TIME_DIM, n_out)
+        self.conv2 = norm_conv(n_out, n_out)
         self.shortcut = nn.Conv2d(n_in, n_out, 1)
 
     def forward(self, x, time):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time(time)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.shortcut(x) + h
+        h = self.conv1(x) + self.time(time)[:, :, None, None]
+        return self.shortcut(x) + self.conv2(h)
 
 class UNetDown(nn.Module):
-    """The paper's other patch encoder, and its better one (tables 5 to 7): the first half of a
-    U-Net, from latents and t to patches.
+    """The paper's better patch encoder (tables 5 to 7): the first half of a U-Net.
 
-    It halves the resolution log2(patch_size) times, until each patch is one pixel. Its features at
-    all resolutions, and the embedding of t, bypass the transformer and go to the second half.
+    Its features at all resolutions, and the embedding of t, skip the transformer and go to the
+    second half. Unlike linear patches, its convolutions mix neighbouring patches.
     """
 
-    def __init__(self, cfg, time_dim=128):
+    def __init__(self, cfg):
         super().__init__()
-        n_resolutions = 1 + int(math.log2(cfg.patch_size))
-        widths = [cfg.unet_dim * 2**i for i in range(n_resolutions)]
-        self.time = TimeEmbedding(time_dim)
-        self.first = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
-        self.blocks = nn.ModuleList(ResBlock(width, width, time_dim) for width in widths)
-        downsample = [nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths)]
-        self.downsample = nn.ModuleList([*downsample, nn.Identity()])  # none after the last block
+        widths = unet_widths(cfg)
+        self.time = TimeEmbedding(TIME_DIM)
+        first = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
+        halvings = [nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths)]
+        self.convs = nn.ModuleList([first, *halvings])
+        self.blocks = nn.ModuleList(ResBlock(width, width) for width in widths)
         self.last = nn.Linear(widths[-1], cfg.dim)
 
-    def forward(self, latents, t):
-        time = self.time(t)
-        x = self.first(latents)
-        features = []
-        for block, downsample in zip(self.blocks, self.downsample):
-            x = block(x, time)
+    def forward(self, x, t):
+        time, features = self.time(t), []
+        for conv, block in zip(self.convs, self.blocks):
+            x = block(conv(x), time)
             features.append(x)  # (M, width, H / 2^i, W / 2^i)
-            x = downsample(x)
-        x = x.flatten(2).transpose(1, 2)  # (M, N, width)
-        return self.last(x), (time, features)  # (M, N, D)
+        patches = self.last(x.flatten(2).transpose(1, 2))  # (M, N, D)
+        return patches, time, features
 
 class UNetUp(nn.Module):
     """The second half of the U-Net: from the transformer's output to a prediction (M, C, H, W)."""
 
-    def __init__(self, cfg, time_dim=128):
+    def __init__(self, cfg):
         super().__init__()
-        self.grid = cfg.grid
-        n_resolutions = 1 + int(math.log2(cfg.patch_size))
-        widths = [cfg.unet_dim * 2**i for i in reversed(range(n_resolutions))]
+        self.grid, widths = cfg.grid, unet_widths(cfg)[::-1]
         self.first = nn.Linear(cfg.dim, widths[0])
-        self.blocks = nn.ModuleList(ResBlock(2 * width, width, time_dim) for width in widths)
-        upsample = [nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairwise(widths)]
-        self.upsample = nn.ModuleList([*upsample, nn.Identity()])  # none after the last block
-        self.last = nn.Conv2d(widths[-1], cfg.latent_channels, 3, padding=1)
+        self.blocks = nn.ModuleList(ResBlock(2 * width, width) for width in widths)
+        doublings = [nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairwise(widths)]
+        last = nn.Conv2d(widths[-1], cfg.latent_channels, 3, padding=1)
+        self.convs = nn.ModuleList([*doublings, last])
 
-    def forward(self, x, skip):
-        time, features = skip
-        x = self.first(x).transpose(1, 2)  # (M, width, N)
-        x = x.unflatten(2, (self.grid, self.grid))
-        for block, upsample, feature in zip(self.blocks, self.upsample, reversed(features)):
-            x = block(torch.cat([x, feature], dim=1), time)
-            x = upsample(x)
-        return self.last(x)  # (M, C, H, W)
+    def forward(self, x, time, features):
+        x = self.first(x).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        for block, conv, skip in zip(self.blocks, self.convs, reversed(features)):
+            x = conv(block(torch.cat([x, skip], dim=1), time))
+        return x  # (M, C, H, W)
 
 # ---- Chameleon: the baseline, with discrete images -----------------------------------------------
 
+N_LEVELS, CODE_DIM = 5, 4  # a code stands for CODE_DIM integers from -2 to 2
+N_CODES = N_LEVELS**CODE_DIM  # 625
+
 class QuantisedVAE(VAE):
-    """A VAE whose latent vectors, one for each patch, are rounded to the nearest in a codebook.
+    """A VAE whose latents, one for each patch, are rounded to integers from -2 to 2.
 
-    It adds no noise and has no KL loss. An image becomes codes (N,), indices into the codebook.
+    It has no noise and no KL loss. An image becomes N codes, which are tokens, numbered after those
+    of text. The integers of a latent are the digits of its code, a number in base 5.
 
-    DEVIATION: the paper learns 16,384 vectors, with a codebook loss. Our codebook is fixed: all
-    points of a grid (FSQ, arXiv 2309.15505). Four entries of five levels give 5^4 = 625 vectors.
+    DEVIATION: the paper learns a codebook of 16,384 vectors. Here the codebook is fixed: all points
+    of a grid (FSQ, arXiv 2309.15505).
     """
 
-    def __init__(self, cfg):
-        super().__init__(
-            cfg.image_size, latent_size=cfg.grid, latent_channels=cfg.code_dim,
-            dim=cfg.vae_dim, kl=cfg.vae_kl,
-        )
-        self.grid = cfg.grid
-        # Normalise to variance 1. Otherwise nearly all entries would become the middle level.
-        # (After training, call vae.eval(), so that BatchNorm uses its running statistics.)
-        self.normalise = nn.BatchNorm2d(cfg.code_dim, affine=False)
-        # The vector of a code: its digits in base 5, the lowest first, minus 2. (Code 7 has the
-        # digits 2, 1, 0, 0, and the vector 0, -1, -2, -2.)
-        codes = torch.arange(cfg.code_levels**cfg.code_dim)[:, None]
-        place_values = cfg.code_levels ** torch.arange(cfg.code_dim)  # 1, 5, 25, 125
-        digits = (codes // place_values) % cfg.code_levels
-        self.register_buffer("codebook", digits - (cfg.code_levels - 1) / 2)  # (codes, code_dim)
+    def __init__(self, cfg, n_text):
+        super().__init__(replace(cfg, latent_size=cfg.grid, patch_size=1, latent_channels=CODE_DIM))
+        self.n_text = n_text
+        place_values = N_LEVELS ** torch.arange(CODE_DIM)  # 1, 5, 25, 125
+        self.register_buffer("place_values", place_values[:, None, None])
 
-    def quantise(self, pictures):
-        """uint8 (M, H, W, 3) -> codes (M, N), and their vectors (M, code_dim, grid, grid)."""
-        z, _ = self.encoder(self.to_input(pictures)).chunk(2, dim=1)  # log variances: not used
-        z = self.normalise(z).tanh() * self.codebook.max()  # within the grid
-        distances = torch.cdist(z.detach().flatten(2).transpose(1, 2), self.codebook)
-        codes = distances.argmin(-1)  # the nearest vectors of the codebook
-        # Straight-through: the value is the nearest vector, but the gradient is that of z.
-        return codes, z + (self.vectors_of(codes) - z).detach()
-
-    def vectors_of(self, codes):
-        """(M, N) -> (M, code_dim, grid, grid)."""
-        return self.codebook[codes].transpose(1, 2).unflatten(2, (self.grid, self.grid))
+    def quantise(self, x):
+        mean, _ = self.posterior(x)
+        z = mean.tanh() * (N_LEVELS // 2)
+        return z + (z.round() - z).detach()  # straight-through: rounded, with the gradient of z
 
     def loss(self, pictures):
-        _, vectors = self.quantise(pictures)
-        return F.mse_loss(self.decoder(vectors), self.to_input(pictures))
-
-    def calibrate(self, pictures):
-        """Nothing to measure: the codebook has a fixed scale."""
+        x = self.to_input(pictures)
+        return F.mse_loss(self.decoder(self.quantise(x)), x)
 
     @torch.no_grad()
     def encode(self, pictures):
         """uint8 (M, H, W, 3) -> codes (M, N) int64."""
-        return torch.cat([self.quantise(part)[0] for part in pictures.split(64)])
+        digits = self.quantise(self.to_input(pictures)).round().long() + N_LEVELS // 2
+        return self.n_text + (digits * self.place_values).sum(1).flatten(1)
 
-    @torch.no_grad()
     def decode(self, codes):
         """Codes (M, N) -> uint8 (M, H, W, 3)."""
-        return self.to_pictures(self.decoder(self.vectors_of(codes)))
+        grid = math.isqrt(codes.shape[1])
+        codes = (codes - self.n_text).unflatten(1, (1, grid, grid))  # (M, 1, grid, grid)
+        digits = codes // self.place_values % N_LEVELS
+        return super().decode((digits - N_LEVELS // 2).float())
 
-class Chameleon(nn.Module):
-    """The discrete baseline (arXiv 2405.09818): a language model with the same trunk and documents.
+class Chameleon(Llama):
+    """The discrete baseline (arXiv 2405.09818): a language model of text and codes.
 
-    An image is N codes between BOI and EOI. Codes are tokens: their ids follow those of text. So
-    there is only the next-token loss, attention is causal, and drawing means sampling codes. There
-    is no diffusion, no t, no patch encoder, and no embedding of the position in the image.
+    Documents and transformer are those of Transfusion. But there is only the next-token loss,
+    attention is causal, and an image is generated by sampling its codes. There is no diffusion.
+
+    DEVIATION: for stability, the paper's Chameleon has QK-norm, a z-loss, and norms after its
+    layers. Ours has the first two, but keeps the norms before the layers, as in Llama.
     """
 
-    def __init__(self, cfg, tokenizer):
-        super().__init__()
-        self.cfg, self.tokenizer = cfg, tokenizer
-        vocab_size = len(tokenizer) + cfg.code_levels**cfg.code_dim  # text, then codes
-        self.token_embedding = nn.Embedding(vocab_size, cfg.dim)
-        # DEVIATION: for stability the paper's Chameleon has QK-norm, a z-loss, and norms after its
-        # layers. Ours has the first two, but keeps the norms before the layers, as in Llama.
-        self.transformer = Transformer(replace(cfg, qk_norm=True))
-        self.lm_head = nn.Linear(cfg.dim, vocab_size, bias=False)
-        init_matrices(self, cfg.n_layers)
+    def __init__(self, cfg, n_text):
+        super().__init__(cfg, n_text, N_CODES)
+        init_weights(self)
 
-    def forward(self, batch):
-        """Next-token logits (B, T, V), for text and codes."""
-        mask = attention_mask(batch.image_id, bidirectional=False)
-        return self.lm_head(self.transformer(self.token_embedding(batch.tokens), mask))
+    def logits(self, documents):
+        """Documents -> their tokens (B, T) and next-token logits (B, T, V), for text and codes."""
+        tokens, _ = pack(documents, self.cfg, self.device)
+        x = self.transformer(self.embed(tokens), attention_mask(tokens))  # causal: no PATCH
+        return tokens, self.lm_head(x)
 
-    def pack(self, documents, end=True):
-        """Pack documents of str and codes (N,), with the ids of the codes in place of PATCH."""
-        batch = pack(documents, self.tokenizer, self.cfg, self.lm_head.weight.device, end)
-        # Without images, batch.images is an empty tensor of floats, so .long() is needed.
-        batch.tokens[batch.image_id >= 0] = len(self.tokenizer) + batch.images.flatten().long()
-        return batch
-
-    def training_batch(self, documents):
-        """Pack documents. Each code becomes the target of the position before it."""
-        batch = self.pack(documents)
-        batch.n_text_losses = (batch.targets != NO_LOSS).sum()  # before codes become targets
-        next_is_code = batch.image_id[:, 1:] >= 0
-        batch.targets[:, :-1][next_is_code] = batch.tokens[:, 1:][next_is_code]
-        batch.n_image_losses = next_is_code.sum()
-        return batch
-
-    def loss(self, batch):
-        """The mean next-token loss of text and codes, with a z-loss.
-
-        Returns (loss, loss_text, loss_codes).
+    def loss(self, documents, z_weight=1e-5):
+        """The next-token loss of text and codes, and a z-loss: log(Z)^2, with Z the denominator of
+        the softmax.
         """
-        logits = self(batch)
-        losses = next_token_losses(logits, batch.targets)
-        is_code = batch.targets >= len(self.tokenizer)
-        loss_text = (losses * ~is_code).sum() / batch.n_text_losses.clamp(min=1)
-        loss_codes = (losses * is_code).sum() / batch.n_image_losses.clamp(min=1)
+        tokens, logits = self.logits(documents)
+        targets, has_loss = next_tokens(tokens)
+        logits, targets = logits[:, :-1][has_loss], targets[has_loss]
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        loss = losses.mean() + z_weight * logits.logsumexp(-1).square().mean()
 
-        z_loss = self.cfg.z_loss * logits.logsumexp(-1).square() * (batch.targets != NO_LOSS)
-        loss = (losses + z_loss).sum() / (batch.n_text_losses + batch.n_image_losses).clamp(min=1)
-        return loss, loss_text, loss_codes
-
-    def logits(self, documents, end=True):
-        """Next-token logits (B, T, V) of documents, and their Batch."""
-        batch = self.pack(documents, end)
-        return self(batch), batch
-
-    def predict_last_image(self, documents):
-        """Logits (B, N, codes) for the codes in the last image of each document."""
-        batch = self.pack(documents, end=False)
-        is_last = batch.image_id == batch.image_id.amax(1, keepdim=True)  # positions of these codes
-        logits = self(batch)[:, :-1]  # each code is predicted one position before it
-        logits = logits[is_last[:, 1:]].view(len(documents), self.cfg.n_patches, -1)
-        return logits[:, :, len(self.tokenizer) :]
+        is_code = targets >= self.n_text
+        loss_codes = losses[is_code].sum() / is_code.sum().clamp(min=1)
+        return loss, {"text": losses[~is_code].mean(), "image": loss_codes}
 
     def draw(self, documents, steps, guidance_scale, eta, show):
-        """Append an image to each document, in place, code by code. Calls show() after every code.
+        """Sample an image to follow each document, code by code. Returns codes (B, N).
 
-        Codes not yet drawn are 0; since attention is causal, their values do not matter. `steps`
-        and `eta` belong to diffusion and have no effect.
+        `steps`, `eta` and `show` are for diffusion, and have no effect.
         """
-        device = self.lm_head.weight.device
-        codes = torch.zeros(len(documents), self.cfg.n_patches, dtype=torch.long, device=device)
-        for document, image in zip(documents, codes):
-            document.append(image)
-        for n in range(self.cfg.n_patches):
-            logits = self.predict_last_image(documents)[:, n]
-            if guidance_scale != 1:
-                without_text = [unconditional(document) for document in documents]
-                logits_without = self.predict_last_image(without_text)[:, n]
-                logits = guide(logits, logits_without, guidance_scale)
-            codes[:, n] = sample_tokens(logits, temperature=1.0)
-            for document, image in zip(documents, codes.clone()):  # `codes` is modified later
-                document[-1] = image
-            show()
-
-# ---- Micro-batches -------------------------------------------------------------------------------
-
-def micro_batch(batch, i, n):
-    """Documents i, i + n, i + 2n, ... of a training batch, and their images.
-
-    Several processes, or the steps of gradient accumulation, run one micro-batch each. The
-    denominators stay those of the whole batch, so the losses of all micro-batches add up to the
-    loss of the batch. (image_id stays too: all that matters is which positions share an id.)
-    """
-    row_of_image = (batch.tokens == BOI).nonzero()[:, 0]  # each image has one BOI (M,)
-    own = row_of_image % n == i
-    return replace(
-        batch,
-        tokens=batch.tokens[i::n], targets=batch.targets[i::n], image_id=batch.image_id[i::n],
-        images=batch.images[own], t=batch.t[own], image_targets=batch.image_targets[own],
-    )
+        both = documents + without_text(documents)  # for guidance
+        both = [[*document, BOI] for document in both]
+        for _ in range(self.cfg.n_patches):
+            conditional, unconditional = next_logits(self, both).chunk(2)
+            logits = guide(conditional, unconditional, guidance_scale)[:, self.n_text :]
+            codes = self.n_text + sample_tokens(logits, temperature=1.0)
+            for document, code in zip(both, [*codes.tolist(), *codes.tolist()]):
+                document.append(code)
+        drawn = [document[-self.cfg.n_patches :] for document in both[: len(documents)]]
+        return torch.tensor(drawn, device=self.device)

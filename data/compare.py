@@ -1,7 +1,7 @@
 """Compare finished runs: python -m data.compare runs/shapes runs/chameleon
 
-Prints a Markdown table with one row per run, including the command that trained it, and writes compare.png: the
-drawings of all runs, one row for each evaluation.
+Prints a Markdown table with one row per run, and writes compare.png: the drawings of all runs for
+the same captions, one row for each evaluation.
 """
 
 import json
@@ -9,44 +9,43 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from PIL import Image
+import torch
 
 from data import plots
-from data.files import save_png
 
-SCORES = ("draw_acc", "frechet", "caption_acc", "caption_ppl", "text_ppl", "text_acc", "edit_acc", "caption_match",
-          "draw_match")
+SCORES = "draw_acc", "frechet", "caption_acc", "text_ppl", "edit_acc", "caption_match", "draw_match"
 
-def table_row(directory, metrics):
-    scores = {name: value for name, (value, _) in metrics["scores"].items()}
-    numbers = [f"{scores[name]:.3f}" if name in scores else "" for name in SCORES]
-    return [directory.name, f"`{metrics['command']}`", *numbers, f"{metrics['flops']:.2g}", f"{metrics['minutes']:.1f}"]
+def markdown(header, rows):
+    """A Markdown table without the columns that are empty in all rows."""
+    columns = [column for column in zip(header, *rows) if any(column[1:])]
+    header, *rows = zip(*columns)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+def drawings(directory, title, evaluations, n):
+    """A Pillow image: the first n drawings of some evaluations of a run, below a title."""
+    rows = torch.load(directory / "ckpt.pt", weights_only=True)["drawings"][evaluations]
+    rows = [plots.row_of(pictures[:n].numpy()) for pictures in rows]
+    return plots.titled(plots.arrange(rows, columns=1, gap=0), title) if rows else None
 
 def main(argv=None):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="output directories of finished runs")
-    parser.add_argument("--out", default="compare.png", type=Path, help="the picture to write [%(default)s]")
     args = parser.parse_args(argv)
-    header = ["run", "command", *SCORES, "FLOPs", "minutes"]
     rows, columns = [], []
     for directory in args.runs:
-        try:
-            rows.append(table_row(directory, json.loads((directory / "metrics.json").read_text())))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            sys.exit(f"{directory} is not a finished run of this version: metrics.json cannot be read ({error}).")
-        if (directory / "progress.png").is_file():  # a run on text alone draws nothing
-            picture = Image.open(directory / "progress.png").convert("RGB")
-            columns.append(plots.titled(picture.crop((0, 0, picture.width // 2, picture.height)), directory.name))
-    for cells in (header, ["---"] * len(header), *rows):
-        print("| " + " | ".join(cells) + " |")
+        if not (directory / "metrics.json").is_file():
+            sys.exit(f"{directory} is not the output directory of a finished run.")
+        metrics = json.loads((directory / "metrics.json").read_text())
+        scores = metrics["scores"]
+        cells = [f"{scores[name][0]:.3f}" if name in scores else "" for name in SCORES]
+        costs = [f"{metrics['flops']:.2g}", f"{metrics['minutes']:.1f}"]
+        rows.append([directory.name, f"`{metrics['command']}`", *cells, *costs])
+        columns.append(drawings(directory, directory.name, slice(None), n=6))
+    print(markdown(["run", "command", *SCORES, "FLOPs", "minutes"], rows))
+    columns = [column for column in columns if column]  # a run on text alone draws nothing
     if columns:
-        whole = columns[0]
-        for column in columns[1:]:
-            whole = plots.beside(whole, column)
-        try:
-            save_png(whole, args.out)
-        except OSError as error:
-            sys.exit(str(error))
+        plots.arrange(columns, len(columns), gap=24).save("compare.png")
 
 if __name__ == "__main__":
     main()

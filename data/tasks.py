@@ -1,120 +1,224 @@
-"""The tasks that a model can be trained on. A task defines its words, documents, scores and default options.
+"""What a model is trained on, and how it is scored: one class for each task.
 
-train.py knows nothing else about it. To train on something else, write a class like these and add it to TASKS.
+To train on something else, write a class like these, and add it to TASKS. Nothing else knows about
+it. A document is a list of str and pictures, uint8 (H, W, 3), in reading order.
 """
 
+import copy
+import math
 import random
 from typing import NamedTuple
 
 import numpy as np
 
 from data import shapes
-from data.documents import (
-    edit_document, edit_examples, entropy, examples, make_documents, shapes_document, text_document,
+from data.evaluate import (
+    accuracy,
+    perplexity,
+    psnr,
+    score_conclusions,
+    score_frechet,
+    score_matching,
+    score_perplexity,
 )
 from data.folder import frequent_words, load_folder
-from data.scores import (
-    frechet, psnr, score_captions, score_conclusions, score_drawings, score_edits, score_matching, score_perplexity,
-    score_vae,
-)
+from transfusion import BOI, EOS
 
 class Report(NamedTuple):
     """The results of an evaluation on n examples."""
     n: int
     scores: dict  # {score: (value, what to compare it with)}
-    pictures: np.ndarray | None = None  # uint8 (N, 32, 32 or 64, 3), drawn at the first guidance scale
+    pictures: np.ndarray | None = None  # uint8 (N, H, W, 3): what the model drew
     prompts: tuple = ()  # what each picture should show
     correct: tuple = ()  # whether each picture shows it
+
+def is_similar(scene):
+    """Do all things have the same colour, or all the same shape?"""
+    colours, forms = zip(*scene.things)
+    return len(set(colours)) == 1 or len(set(forms)) == 1
+
+SIMILAR = [scene for scene in shapes.ARRANGEMENTS if is_similar(scene)]
+SIMILAR_TRAIN = [scene for scene in SIMILAR if shapes.split(scene) == "train"]
+
+def examples(split, n, seed):
+    """n examples of a split: (Scene, caption, picture). Scenes may repeat, in other pictures."""
+    rng = random.Random(seed)
+    result = []
+    for _ in range(n):
+        scene = shapes.pick(rng, shapes.SPLITS[split])
+        caption = shapes.describe(scene, rng.random() < 0.5)
+        result.append((scene, caption, shapes.render(scene, rng)))
+    return result
 
 class Shapes:
     """Captions and pictures in either order, and some documents of text alone."""
 
-    name = "shapes"
     words = shapes.WORDS
-    image_size = shapes.IMAGE_SIZE
-    defaults = {}  # options of train.py whose defaults differ
-    make_document = staticmethod(shapes_document)
+    defaults = {}  # options of train.py whose defaults differ for this task
+    text_only = 0.1  # share of the documents that are text alone
+    edits = 0.0  # share of the documents that are edits
+    single = 0.2  # share of the captioned pictures that show a single thing
+    similar = 0.25  # share chosen to show things of the same colour or shape
 
-    def __init__(self, caption_first, unconditional_share):
-        self.caption_first, self.unconditional_share = caption_first, unconditional_share
+    def __init__(self, run, image_size):
+        """`run` has the options of train.py. Raises ValueError if the task cannot use them."""
+        if image_size != shapes.IMAGE_SIZE:
+            raise ValueError(f"The toy world has pictures of {shapes.IMAGE_SIZE} pixels, "
+                             f"but image_size is {image_size}.")
+        # DEVIATION: in the paper the caption comes first in 0.8 of the pairs (--caption-first 0.8).
+        self.caption_first = run.caption_first
+        self.unconditional_share = run.unconditional_share
+
+    def document(self, rng):
+        """A training document."""
+        if rng.random() < self.text_only:
+            scene = shapes.pick(rng, shapes.SPLITS["train"])
+            return [shapes.argument(scene, flip=rng.random() < 0.5)]
+        choice = rng.random()
+        if choice < self.single:
+            scene = shapes.pick(rng, shapes.SINGLES)
+        elif choice < self.single + self.similar:
+            scene = shapes.pick(rng, SIMILAR_TRAIN)
+        else:
+            scene = shapes.pick(rng, shapes.SPLITS["train"])
+        pair = [shapes.describe(scene, flip=rng.random() < 0.5), shapes.render(scene, rng)]
+        return pair if rng.random() < self.caption_first else pair[::-1]
 
     def documents(self, n, seed):
-        return make_documents(self.make_document, n, seed, self.caption_first, self.unconditional_share)
+        """n training documents. A share of those with text before a picture lose their text."""
+        rng = random.Random(seed)
+        documents = []
+        for _ in range(n):
+            document = self.document(rng)
+            is_text = [isinstance(part, str) for part in document]
+            has_prompt = (True, False) in zip(is_text, is_text[1:])
+            if rng.random() < self.unconditional_share and has_prompt:
+                document = [part for part in document if not isinstance(part, str)]
+            documents.append(document)
+        return documents
 
     def entropy(self, kind, scenes):
-        return entropy(kind, scenes, self.name, self.caption_first, self.unconditional_share)
+        """-log P of documents about these scenes, in nats: the lowest possible loss on them.
 
-    def score_text(self, model, split, n, seed, draws):
-        """The scores that need no picture: perplexity and reasoning. `draws`: is a caption followed by BOI, not EOS?"""
+        "text" is a document of text alone. "caption" is a caption that comes first, up to the token
+        after it. The grammar chooses the kind of document, the arrangement, and the end from which
+        it is described; this determines the words. It may choose any arrangement, held out or not:
+        this is the loss of a model that knows the grammar but has memorised no arrangement.
+        """
+        total = 0.0
+        for scene in scenes:
+            if kind == "text":
+                probability = self.text_only / len(shapes.ARRANGEMENTS)
+            else:
+                probability = (1 - self.single - self.similar) / len(shapes.ARRANGEMENTS)
+                if is_similar(scene):
+                    probability += self.similar / len(SIMILAR)
+                first_and_kept = self.caption_first * (1 - self.unconditional_share)
+                probability *= (1 - self.text_only) * first_and_kept
+            total -= math.log(probability * (1 - self.edits) / 2)  # either end is equally likely
+        return total
+
+    def score_text(self, trained, split, n, seed, after_caption=BOI):
+        """The scores that need no picture: perplexity and reasoning."""
         scenes, captions, _ = zip(*examples(split, n, seed))
         rng = random.Random(seed)
         flips = [rng.random() < 0.5 for _ in scenes]
         texts = [shapes.argument(scene, flip) for scene, flip in zip(scenes, flips)]
+        of_text, of_captions = self.entropy("text", scenes), self.entropy("caption", scenes)
         return {
-            **score_perplexity(model, "text_ppl", texts, False, self.entropy("text", scenes)),
-            **score_perplexity(model, "caption_ppl", captions, draws, self.entropy("caption", scenes)),
-            **score_conclusions(model, scenes, flips),
+            "text_ppl": score_perplexity(trained, texts, EOS, of_text),
+            "caption_ppl": score_perplexity(trained, captions, after_caption, of_captions),
+            "text_acc": score_conclusions(trained, scenes, flips),
         }
 
-    def evaluate(self, model, split, n, seed, guidance_scales):
-        """All scores on n examples of a split. At all guidance scales but the first, names end in "g=scale"."""
+    def evaluate(self, trained, split, n, seed):
+        """Returns a Report of all scores on n examples of a split."""
         scenes, captions, pictures = zip(*examples(split, n, seed))
         pictures = np.stack(pictures)
-        scores = self.score_text(model, split, n, seed, draws=True)
-        scores |= score_captions(model, scenes, pictures)
-        scores |= score_vae(model, scenes, pictures)
-        drawing_scores, drawn, correct = score_drawings(model, scenes, captions, pictures, guidance_scales[0], seed)
-        scores |= drawing_scores
-        for scale in guidance_scales[1:]:
-            drawing_scores, _, _ = score_drawings(model, scenes, captions, pictures, scale, seed)
-            scores |= {f"{name} g={scale:g}": value for name, value in drawing_scores.items()}
+        blank = np.full_like(pictures, shapes.BACKGROUND)
+        again, drawn = trained.reconstruct(pictures), trained.draw([[text] for text in captions])
+        vae_acc = accuracy(map(shapes.read, again), scenes)
+        correct = [shapes.read(picture) == scene for picture, scene in zip(drawn, scenes)]
+        rng = random.Random(seed)
+        others = np.stack([shapes.render(scene, rng) for scene in scenes])
+        captioned = map(shapes.parse, trained.caption(pictures))
+        scores = self.score_text(trained, split, n, seed) | {
+            "caption_acc": (accuracy(captioned, scenes), "ceiling 1, floor 0"),
+            "vae_psnr": (psnr(again, pictures), f"dB; floor {psnr(blank, pictures):.1f}: blank"),
+            "vae_acc": (vae_acc, "ceiling 1"),
+            "draw_acc": (sum(correct) / n, f"ceiling {vae_acc:.4f}: VAE; floor 0"),
+            "frechet": score_frechet(drawn, pictures, others, again),
+        }
         return Report(n, scores, drawn, captions, correct)
 
 class Text(Shapes):
     """The same documents without their pictures, to measure how much pictures hurt the text."""
 
-    name = "text"
     defaults = {"batch_size": 78}  # about as many positions per step as with pictures
-    make_document = staticmethod(text_document)
 
-    def evaluate(self, model, split, n, seed, guidance_scales):
-        return Report(n, self.score_text(model, split, n, seed, draws=False))
+    def __init__(self, run, image_size):
+        super().__init__(run, image_size)
+        self.caption_first, self.unconditional_share = 1.0, 0.0  # all captions stay
+
+    def document(self, rng):
+        return [part for part in super().document(rng) if isinstance(part, str)]
+
+    def evaluate(self, trained, split, n, seed):
+        return Report(n, self.score_text(trained, split, n, seed, after_caption=EOS))
 
 class Edit(Shapes):
-    """Picture, instruction, edited picture; and enough other documents that little is forgotten.
+    """Picture, instruction, edited picture; and enough other documents that little is forgotten."""
 
-    The picture to edit has no noise (noise_cap 0), and the model learns to follow instructions, not to write them
-    (instruction_loss off).
-    """
-
-    name = "edit"
+    edits = 0.5
+    kinds = ("make", "make", "make", "move", "move", "swap")  # half of the edits are "make"
+    # The picture to edit is nearly clean: in sampling it is clean.
     defaults = {
-        "documents": 16384, "caption_first": 0.35, "steps": 2800, "optimizer": "adamw", "lr": 1.5e-3,
-        "eval_every": 700, "t_power": 4.0, "noise_cap": 0.0, "instruction_loss": False,
+        "documents": 16384, "caption_first": 0.35, "steps": 2800, "optimizer": "adamw",
+        "lr": 1.5e-3, "eval_every": 700, "t_power": 4.0, "noise_cap": 0.1,
     }
-    make_document = staticmethod(edit_document)
 
-    def evaluate(self, model, split, n, seed, guidance_scales):
-        report = super().evaluate(model, split, n, seed, guidance_scales)
-        edits = edit_examples(split, n, seed)
-        scores, drawn, correct = score_edits(model, edits, guidance_scales[0])
-        _, _, before, instructions, _ = zip(*edits)
-        before_and_after = np.concatenate([np.stack(before), drawn], axis=2)
-        return Report(n, report.scores | scores, before_and_after, instructions, correct)
+    def document(self, rng):
+        if rng.random() >= self.edits:
+            return super().document(rng)
+        _, _, *document = self.example(rng, "train", self.kinds)
+        return document
+
+    def example(self, rng, split, kinds=("make", "move", "swap")):
+        """(Scene before, Scene after, picture, instruction, edited picture), both of this split."""
+        kind = shapes.pick(rng, kinds)
+        while True:
+            before = shapes.pick(rng, shapes.SPLITS[split])
+            edits = shapes.edits(before)[kind].items()
+            possible = [edit for edit in edits if shapes.split(edit[1]) == split]
+            if possible:
+                instruction, after = shapes.pick(rng, possible)
+                edited = shapes.render(after, copy.copy(rng))  # shifted like the first picture
+                return before, after, shapes.render(before, rng), instruction, edited
+
+    def evaluate(self, trained, split, n, seed):
+        report = super().evaluate(trained, split, n, seed)
+        rng = random.Random(seed)
+        _, after, before, instructions, edited = zip(*[self.example(rng, split) for _ in range(n)])
+        drawn = trained.draw([list(prompt) for prompt in zip(before, instructions)])
+        correct = [shapes.read(picture) == scene for picture, scene in zip(drawn, after)]
+        ceiling = accuracy(map(shapes.read, trained.reconstruct(np.stack(edited))), after)
+        beside = f"ceiling {ceiling:.4f}: VAE; floor 0: the picture unchanged"
+        scores = report.scores | {"edit_acc": (sum(correct) / n, beside)}
+        both = np.concatenate([np.stack(before), drawn], axis=2)
+        return Report(n, scores, both, instructions, correct)
 
 class Folder:
-    """Your own pictures with captions. No program can read their content, so the scores differ from those above.
+    """Your own pictures with captions. No program can read them, so the scores are others.
 
-    Validation and the final table use the same held-out pictures, but validation uses only the first of them.
+    Validation and the final table use the same held-out pictures, but validation only the first.
     """
 
     defaults = {}
 
-    def __init__(self, folder, image_size, caption_first, unconditional_share):
-        self.image_size = image_size
-        self.caption_first, self.unconditional_share = caption_first, unconditional_share
-        self.train, self.held_out = load_folder(folder, image_size)
-        for pairs in (self.train, self.held_out):  # a folder is sorted, perhaps by what the pictures show
+    def __init__(self, run, image_size):
+        self.caption_first, self.unconditional_share = run.caption_first, run.unconditional_share
+        self.train, self.held_out = load_folder(run.data, image_size)
+        for pairs in (self.train, self.held_out):  # a folder is sorted, perhaps by content
             random.Random(0).shuffle(pairs)
         self.words = frequent_words([caption for caption, _ in self.train])
 
@@ -134,35 +238,19 @@ class Folder:
                 documents.append([caption, picture])
         return documents
 
-    def evaluate(self, model, split, n, seed, guidance_scales):
-        held_out = self.held_out[:n]
-        captions, pictures = [caption for caption, _ in held_out], np.stack([picture for _, picture in held_out])
-        others = np.stack([picture for _, picture in random.Random(seed).choices(self.train, k=len(held_out))])
-        again = model.reconstruct(pictures)
-        drawn = model.draw([[caption] for caption in captions], guidance_scales[0])
-        scores = {
-            **score_perplexity(model, "caption_ppl", captions, True),
-            **score_matching(model, captions, pictures, seed),
+    def evaluate(self, trained, split, n, seed):
+        captions, pictures = zip(*self.held_out[:n])
+        pictures, pairs = np.stack(pictures), list(zip(pictures, captions))
+        others = random.Random(seed).choices(self.train, k=len(captions))
+        others = np.stack([picture for _, picture in others])
+        again, drawn = trained.reconstruct(pictures), trained.draw([[text] for text in captions])
+        before, _ = perplexity(trained, [[text] for text in captions], BOI)
+        after, _ = perplexity(trained, [list(pair) for pair in pairs])
+        scores = score_matching(trained, captions, pictures, seed) | {
+            "caption_ppl": (before, f"{after:.4f}: captions after their picture"),
             "vae_psnr": (psnr(again, pictures), "dB"),
-            "frechet": (
-                frechet(drawn, pictures),
-                f"{frechet(others, pictures):.4f}: other true pictures, {frechet(again, pictures):.4f}: VAE",
-            ),
+            "frechet": score_frechet(drawn, pictures, others, again),
         }
-        for scale in guidance_scales[1:]:
-            drawn_at_scale = model.draw([[caption] for caption in captions], scale)
-            scores[f"frechet g={scale:g}"] = (frechet(drawn_at_scale, pictures), "")
-        return Report(len(held_out), scores, drawn, captions, [True] * len(captions))
+        return Report(len(captions), scores, drawn, captions, [True] * len(captions))
 
-TASKS = {task.name: task for task in (Shapes, Text, Edit)}
-
-def make_task(run, image_size):
-    """The task that the options of train.py ask for. Raises ValueError if they do not go together."""
-    if run.data and run.task != Shapes.name:
-        raise ValueError(f"--data cannot be combined with --task {run.task}: leave out one of them.")
-    if run.data:
-        return Folder(run.data, image_size, run.caption_first, run.unconditional_share)
-    task = TASKS[run.task](run.caption_first, run.unconditional_share)
-    if image_size != task.image_size:
-        raise ValueError(f"The toy world has pictures of {task.image_size} pixels, but image_size is {image_size}.")
-    return task
+TASKS = {"shapes": Shapes, "text": Text, "edit": Edit, "folder": Folder}

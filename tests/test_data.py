@@ -1,445 +1,322 @@
-"""The toy world: its arrows have inverses, its splits are disjoint, its entropy and its scores are right."""
+"""The toy world, its tasks and scores, and how the scores see a trained model."""
 
-import ast
-import hashlib
 import math
+import os
+import pickle
 import random
+import re
 import subprocess
 import sys
+import zlib
 from collections import Counter
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
 
-from data import plots, shapes
-from data.documents import edit_examples, examples
-from data.files import load_picture
-from data.scores import accuracy, frechet, psnr, score_vae
-from data.shapes import Scene, Thing
-from data.tasks import TASKS
-from transfusion import unconditional
+from data import shapes
+from data.evaluate import Trained, accuracy, frechet, psnr, score_matching
+from data.tasks import Edit, Shapes, Text, examples
+from tests.conftest import ROOT, SMALL_MODEL
+from train import Run, build_models
+from transfusion import BOI, EOS, Config, encode, next_logits
 
-ROOT = Path(__file__).parents[1]
-WORDINGS = [(tell, flip) for tell in (shapes.describe, shapes.argument) for flip in (False, True)]
+ABOVE = shapes.parse("a red circle above a blue square.")
+# All true texts, and the scene of each.
+MEANING = shapes.CAPTIONS | {
+    shapes.argument(scene, flip): scene for scene in shapes.ARRANGEMENTS for flip in (False, True)
+}
 
-def documents(task, n, seed, caption_first=0.5, unconditional_share=0.1):
-    return TASKS[task](caption_first, unconditional_share).documents(n, seed)
+class MoreText(Shapes):
+    """A task that somebody adds."""
+    text_only, single, similar = 0.3, 0.1, 0.5
 
-def form(document):
-    """"ti" is text and then an image."""
-    return "".join("t" if isinstance(part, str) else "i" for part in document)
+def make_task(kind, **options):
+    return kind(Run(**options), image_size=32)
 
-@pytest.fixture
-def quick_pictures(monkeypatch):
-    """Where only the text is looked at: all pictures are the same one, so that nothing is drawn."""
-    monkeypatch.setattr(shapes, "render", lambda scene, rng: np.zeros((32, 32, 3), np.uint8))
+def texts_of(document):
+    return [part for part in document if isinstance(part, str)]
 
-# ---- Scene, caption and picture ----------------------------------------------------------------------------
+# ---- Scenes, captions, pictures and edits --------------------------------------------------------
 
-def test_ten_thousand_true_pictures_are_read_exactly():
-    rng, wrong = random.Random(0), 0
-    for i in range(10_000):
-        scene = shapes.pick(rng, shapes.SINGLES if i % 10 == 0 else shapes.ARRANGEMENTS)
-        wrong += shapes.read(shapes.render(scene, rng)) != scene
-    assert wrong <= 10
-
-def test_reading_survives_a_little_noise_and_refuses_what_is_no_scene():
-    rng, noise = random.Random(1), np.random.default_rng(1)
-    scenes = [shapes.pick(rng, shapes.ARRANGEMENTS) for _ in range(100)]
-    pictures = [shapes.render(scene, rng) for scene in scenes]
-    noisy = [(p + noise.normal(0, 12, p.shape)).clip(0, 255).astype(np.uint8) for p in pictures]
+def test_pictures_are_read_exactly_and_with_a_little_noise_nearly_so():
+    rng = random.Random(0)
+    scenes = rng.sample(shapes.SINGLES + shapes.ARRANGEMENTS, 2000)
+    pictures = np.stack([shapes.render(scene, rng) for scene in scenes])
+    assert accuracy(map(shapes.read, pictures), scenes) >= 0.999
+    noise = np.random.default_rng(0).normal(0, 12, pictures.shape)
+    noisy = (pictures + noise).clip(0, 255)
     assert accuracy(map(shapes.read, noisy), scenes) >= 0.98
-    for picture in noise.integers(0, 256, (50, 32, 32, 3), dtype=np.uint8):
+
+def test_a_third_thing_or_none_or_noise_is_no_scene():
+    third = shapes.render(ABOVE, random.Random(0))
+    third[:8, :8] = shapes.COLOURS["green"]
+    noise = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3))
+    for picture in (third, np.full_like(third, 245), *noise):
         assert shapes.read(picture) is None
-    for level in (0, 128, 245, 255):
-        assert shapes.read(np.full((32, 32, 3), level, np.uint8)) is None
-    halves = [np.concatenate([a[:16], b[16:]]) for a, b in zip(pictures, pictures[1:])]
-    assert any(shapes.read(half) is None for half in halves)
 
-def test_one_thing_more_than_the_world_has_is_no_scene():
-    squares = np.full((32, 32, 3), shapes.BACKGROUND, np.uint8)
-    for x, colour in ((0, "red"), (10, "blue"), (20, "black")):
-        squares[x : x + 8, x : x + 8] = shapes.COLOURS[colour]
-    assert shapes.read(squares) is None
+@pytest.mark.parametrize("relation, axis", [("left of", 1), ("above", 0)])
+def test_the_picture_shows_what_the_caption_says(relation, axis):
+    scene = shapes.parse(f"a red square {relation} a blue ring.")
+    picture = shapes.render(scene, random.Random(0))
+    first, second = np.split(picture, 2, axis)
+    assert (first == shapes.COLOURS["red"]).all(2).any()
+    assert (second == shapes.COLOURS["blue"]).all(2).any()
 
-    corners = [(0, 0, "red"), (20, 0, "blue"), (0, 20, "black"), (20, 20, "green")]
-    for n in range(1, shapes.MOST_THINGS + 2):
-        picture = Image.new("RGB", (32, 32), shapes.BACKGROUND)
-        for x, y, colour in corners[:n]:
-            picture.paste(shapes.COLOURS[colour], (x, y), shapes.SPRITES["square"])
-        found = shapes.read(np.array(picture))
-        assert (found is None) == (n > shapes.MOST_THINGS), n
-
-    for colour in ("red", "blue"):
-        single = Scene((Thing(colour, "square"),))
-        assert shapes.read(shapes.render(single, random.Random(2))) == single
-
-def test_every_caption_is_parsed_from_either_end():
+def test_captions_are_parsed_from_either_end():
     for scene in shapes.SINGLES + shapes.ARRANGEMENTS:
-        assert shapes.parse(shapes.describe(scene)) == scene
-        assert shapes.parse(shapes.describe(scene, flip=True)) == scene
-    circle_above = shapes.parse("a red circle above a blue square.")
-    assert circle_above == shapes.parse("a blue square below a red circle.")
-    assert circle_above != shapes.parse("a blue square above a red circle.")
-    assert shapes.parse("a red circle near a blue square.") is None
-    for nonsense in ("", "a red circle", "a red dog.", "a red circle above."):
+        for flip in (False, True):
+            assert shapes.parse(shapes.describe(scene, flip)) == scene
+    assert shapes.parse("a blue square below a red circle.") == ABOVE
+    for nonsense in ("", "a red circle", "a red circle near a blue square."):
         assert shapes.parse(nonsense) is None
 
-def test_what_the_picture_shows_is_what_the_caption_says():
-    """The relation in pixels, without `read`."""
-    rng = random.Random(3)
-    for relation, axis in (("left of", 1), ("above", 0)):
-        scene = shapes.parse(f"a red square {relation} a blue ring.")
-        picture = shapes.render(scene, rng).astype(int)
-        centre = {
-            colour: np.argwhere((np.abs(picture - shapes.COLOURS[colour]) < 10).all(-1)).mean(0)
-            for colour in ("red", "blue")
-        }
-        assert centre["red"][axis] + 10 < centre["blue"][axis]
-
-def test_the_argument_is_valid_and_the_other_relations_are_not():
-    scene = shapes.parse("a red circle above a blue square.")
+def test_only_the_conclusion_of_an_argument_is_valid():
     told = "a red circle is above a blue square. so a blue square is below a red circle."
-    assert shapes.argument(scene, flip=False) == told
+    assert shapes.argument(ABOVE) == told
     told = "a blue square is below a red circle. so a red circle is above a blue square."
-    assert shapes.argument(scene, flip=True) == told
+    assert shapes.argument(ABOVE, flip=True) == told
     for flip in (False, True):
-        conclusions = {relation: shapes.argument(scene, flip, relation) for relation in shapes.OPPOSITE}
-        assert len(set(conclusions.values())) == 4
-        assert conclusions[shapes.conclusion(scene, flip)] == shapes.argument(scene, flip)
+        valid = [r for r in shapes.OPPOSITE if shapes.argument(ABOVE, flip, r) in MEANING]
+        assert valid == [shapes.conclusion(ABOVE, flip)]
 
-# ---- Scenes of three things --------------------------------------------------------------------------------
+@pytest.mark.parametrize("instruction, caption", [
+    ("make the red circle green.", "a green circle above a blue square."),
+    ("move the blue square to the left.", "a blue square left of a red circle."),
+    ("move the blue square to the right.", "a red circle left of a blue square."),
+    ("move the blue square to the top.", "a blue square above a red circle."),
+    ("move the red circle to the bottom.", "a blue square above a red circle."),
+    ("swap them.", "a blue square above a red circle."),
+    ("make the red circle red.", "no change"),
+    ("make the red square green.", "no such thing"),
+])
+def test_edits_by_hand(instruction, caption):
+    assert shapes.edit(ABOVE, instruction) == shapes.parse(caption)
 
-RED, BLUE, GREEN = Thing("red", "circle"), Thing("blue", "square"), Thing("green", "ring")
-THREE = Scene((RED, BLUE, GREEN), "left of")
+@pytest.mark.parametrize("split", shapes.SPLITS)
+def test_examples_of_edits_show_what_the_instruction_makes(split):
+    rng = random.Random(0)
+    task = make_task(Edit)
+    for _ in range(200):
+        before, after, picture, instruction, edited = task.example(rng, split)
+        assert shapes.edit(before, instruction) == after
+        assert shapes.split(before) == shapes.split(after) == split
+        assert (shapes.read(picture), shapes.read(edited)) == (before, after)
+        assert set(instruction[:-1].split()) <= set(shapes.WORDS)
+        if instruction.startswith("make"):  # the other thing stays where it was
+            changed = (picture != edited).any(2)
+            for positions in changed.nonzero():
+                assert np.ptp(positions) < shapes.EDGE
 
-def test_a_scene_of_three_things_is_described_from_either_end():
-    assert shapes.describe(THREE) == "a red circle left of a blue square left of a green ring."
-    assert shapes.describe(THREE, flip=True) == "a green ring right of a blue square right of a red circle."
-    assert shapes.argument(THREE) == (
-        "a red circle is left of a blue square is left of a green ring. "
-        "so a green ring is right of a blue square is right of a red circle."
-    )
-    assert shapes.argument(THREE, flip=True, conclusion="above") == (
-        "a green ring is right of a blue square is right of a red circle. "
-        "so a red circle is above a blue square is above a green ring."
-    )
-    assert (shapes.conclusion(THREE), shapes.conclusion(THREE, flip=True)) == ("right of", "left of")
+# ---- Documents -----------------------------------------------------------------------------------
 
-def test_a_scene_of_three_things_is_edited(monkeypatch):
-    """In a world that has such scenes, which is all that `edits` asks about it."""
-    monkeypatch.setattr(shapes, "is_arrangement", lambda scene: len(set(scene.things)) == 3)
-    for instruction, things, relation in (
-        ("make the blue square red.", (RED, Thing("red", "square"), GREEN), "left of"),
-        ("make the green ring black.", (RED, BLUE, Thing("black", "ring")), "left of"),
-        ("move the blue square to the left.", (BLUE, RED, GREEN), "left of"),
-        ("move the blue square to the right.", (RED, GREEN, BLUE), "left of"),
-        ("move the green ring to the top.", (GREEN, RED, BLUE), "above"),
-        ("move the red circle to the bottom.", (BLUE, GREEN, RED), "above"),
-        ("swap them.", (GREEN, BLUE, RED), "left of"),
-    ):
-        assert shapes.edit(THREE, instruction) == Scene(things, relation), instruction
-    for nothing in ("make the red circle red.", "move the red circle to the left.", "make the cross green."):
-        assert shapes.edit(THREE, nothing) is None, nothing
-    number = {kind: len(found) for kind, found in shapes.edits(THREE).items()}
-    assert number == {"make": 3 * (len(shapes.COLOURS) - 1), "move": 3 * 4 - 2, "swap": 1}
+def test_each_scene_is_in_one_split():
+    assert Counter(sum(shapes.SPLITS.values(), [])) == Counter(shapes.ARRANGEMENTS)
+    for name in shapes.SPLITS:
+        assert {shapes.split(scene) for scene, _, _ in examples(name, 200, 0)} == {name}
 
-# ---- Documents ---------------------------------------------------------------------------------------------
-
-def test_the_splits_are_disjoint_in_every_wording():
-    sides = {name: set(scenes) for name, scenes in shapes.SPLITS.items()}
-    n = len(shapes.ARRANGEMENTS)
-    assert sum(map(len, sides.values())) == len(set.union(*sides.values())) == n
-    assert set.union(*sides.values()) == set(shapes.ARRANGEMENTS)
-    assert 0.08 < len(sides["test"]) / n < 0.12 and 0.03 < len(sides["val"]) / n < 0.07
-    told = [{tell(scene, flip) for scene in side for tell, flip in WORDINGS} for side in sides.values()]
-    assert sum(map(len, told)) == len(set.union(*told)) == len(WORDINGS) * n
-    for name in sides:
-        assert {scene for scene, _, _ in examples(name, 300, 0)} <= sides[name]
-
-@pytest.mark.parametrize("task", TASKS)
-def test_documents_tell_and_show_only_what_is_trained_on(task):
-    found = Counter()
-    for document in documents(task, 2000, 0):
-        scenes = [shapes.read(part) for part in unconditional(document)]
-        texts = [part for part in document if isinstance(part, str)]
+@pytest.mark.parametrize("kind", [Shapes, Text, Edit])
+def test_documents_show_only_training_scenes(kind):
+    for document in make_task(kind).documents(800, seed=0):
+        pictures = [part for part in document if not isinstance(part, str)]
+        scenes = list(map(shapes.read, pictures))
         if len(scenes) < 2:
-            for text in texts:
-                scene = shapes.parse(text) or shapes.parse(text.split(" so ")[0].replace(" is ", " "))
-                assert text in [tell(scene, flip) for tell, flip in WORDINGS[: 4 if scene.relation else 2]]
-                scenes.append(scene)
-            assert len(set(scenes)) == 1, document
-        elif texts:
-            before, after = scenes
-            assert shapes.edit(before, *texts) == after
-        found.update(map(shapes.split, scenes))
-    assert set(found) == {"train"}
+            scenes += [MEANING[text] for text in texts_of(document)]
+            assert len(set(scenes)) == 1
+        assert set(map(shapes.split, scenes)) == {"train"}
+
+def checksum(seed):
+    data = make_task(Edit).documents(100, seed), shapes.WORDS
+    return zlib.crc32(pickle.dumps(data))
 
 def test_the_same_seed_gives_the_same_data_in_another_process():
-    program = (
-        "import hashlib; from data import shapes; from data.tasks import TASKS;"
-        "d = TASKS['edit'](0.5, 0.1).documents(200, 7);"
-        "flat = b''.join(p.encode() if isinstance(p, str) else p.tobytes() for x in d for p in x);"
-        "print(hashlib.sha256(flat).hexdigest(), sorted(map(str, shapes.SPLITS['test']))[0])"
-    )
-    printed = {
-        subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={"PYTHONHASHSEED": seed, "PATH": ""},
-                       capture_output=True, text=True, check=True).stdout
-        for seed in ("1", "2")
-    }
-    here = documents("edit", 200, 7)
-    flat = b"".join(part.encode() if isinstance(part, str) else part.tobytes() for d in here for part in d)
-    assert len(printed) == 1
-    assert printed.pop().split()[0] == hashlib.sha256(flat).hexdigest()
-    other = documents("edit", 200, 8)
-    assert [d for d in other if len(d) == 1] != [d for d in here if len(d) == 1]
+    command = [sys.executable, "-c", "from tests.test_data import *; print(checksum(7))"]
+    settings = os.environ | {"PYTHONHASHSEED": "1"}
+    printed = subprocess.check_output(command, cwd=ROOT, env=settings)
+    assert int(printed) == checksum(7) != checksum(8)
 
-@pytest.mark.parametrize(
-    "task, caption_first, unconditional_share",
-    [("shapes", 0.8, 0.1), ("shapes", 0.3, 0.5), ("shapes", 0.5, 0), ("text", 0.8, 0.5), ("edit", 0.6, 0.3)],
-)
-def test_the_entropy_is_that_of_the_documents(task, caption_first, unconditional_share, quick_pictures):
-    """exp(-entropy) is how often a text is in the documents. Things alike come more often than others."""
-    entropy = TASKS[task](caption_first, unconditional_share).entropy
-    data = documents(task, 30_000, 3, caption_first, unconditional_share)
-    begins = Counter(document[0] for document in data if isinstance(document[0], str))
-    alike, other = [], []
-    for scene in shapes.ARRANGEMENTS:
-        (alike if min(len(set(words)) for words in zip(*scene.things)) == 1 else other).append(scene)
-    for kind, tell in (("text", shapes.argument), ("caption", shapes.describe)):
-        for scenes in (alike, other):
-            wordings = {tell(scene, flip) for scene in scenes for flip in (False, True)}
-            assert len(wordings) == 2 * len(scenes)
-            number = sum(begins[text] for text in wordings)
-            each = entropy(kind, scenes[:1])
-            assert entropy(kind, scenes) == pytest.approx(each * len(scenes))
-            # Chance, and what was held out may be a little more of one sort than of the other.
-            allowed = 2.5 / math.sqrt(number) + 0.02
-            assert math.log(number / len(wordings) / len(data)) == pytest.approx(-each, abs=allowed)
+@pytest.mark.parametrize("kind, numbers", [
+    (Shapes, {"t": 3000, "pt": 10800, "tp": 8100, "p": 8100}),
+    (MoreText, {"t": 9000, "pt": 8400, "tp": 6300, "p": 6300}),
+    (Edit, {"t": 1500, "pt": 5400, "tp": 4050, "p": 4050, "ptp": 7500, "pp": 7500}),
+    (Text, {"t": 30000}),
+])
+def test_documents_and_entropy_follow_the_shares(kind, numbers):
+    """t is text and p a picture. Half of the texts before a picture are removed."""
+    task = make_task(kind, caption_first=0.6, unconditional_share=0.5)
+    kinds = Counter()
+    first_texts = Counter()
+    for document in task.documents(30_000, seed=0):
+        letters = ["t" if isinstance(part, str) else "p" for part in document]
+        kinds["".join(letters)] += 1
+        first_texts.update(texts_of(document[:1]))
+    assert kinds == pytest.approx(numbers, abs=300)
 
-def test_the_tasks_have_the_documents_that_they_say():
-    shares = {}
-    for task in ("shapes", "text", "edit"):
-        data = documents(task, 2000, 0, unconditional_share=0)
-        shares[task] = {key: n / 2000 for key, n in Counter(map(form, data)).items()}
-    assert shares["text"] == {"t": 1.0}
-    assert shares["shapes"] == pytest.approx({"t": 0.1, "ti": 0.45, "it": 0.45}, abs=0.04)
-    assert shares["edit"] == pytest.approx({"t": 0.05, "ti": 0.225, "it": 0.225, "iti": 0.5}, abs=0.03)
+    # Scenes of one colour come more often than others. Does the entropy know it?
+    found = Counter()
+    expected = Counter()
+    for text, (things, relation) in MEANING.items():
+        if relation and things[0].colour == things[1].colour:
+            name = "text" if " so " in text else "caption"
+            found[name] += first_texts[text]
+            expected[name] += 30_000 * math.exp(-task.entropy(name, [MEANING[text]]))
+    for name in ("text", "caption"):
+        assert abs(found[name] - expected[name]) < 3 * math.sqrt(expected[name])
 
 def test_the_text_task_has_the_texts_of_the_shapes_task():
-    with_pictures = documents("shapes", 50, 1, unconditional_share=0)
-    texts = [[part for part in document if isinstance(part, str)] for document in with_pictures]
-    assert texts == documents("text", 50, 1)
+    documents = make_task(Shapes, unconditional_share=0.0).documents(50, seed=1)
+    assert list(map(texts_of, documents)) == make_task(Text).documents(50, seed=1)
 
-@pytest.mark.parametrize("task, forms", [("shapes", {"ti"}), ("edit", {"ti", "iti"}), ("text", set())])
-def test_the_share_of_unconditional_documents_is_as_asked(task, forms, quick_pictures):
-    """Only those with text before a picture; nothing else about the documents changes."""
-    for share in (0.1, 0.4):
-        became = {}
-        with_text = documents(task, 4000, 0, unconditional_share=0)
-        for before, after in zip(with_text, documents(task, 4000, 0, unconditional_share=share), strict=True):
-            lost_text = len(after) < len(before)
-            expected = unconditional(before) if lost_text else before
-            assert [part if isinstance(part, str) else "picture" for part in after] == [
-                part if isinstance(part, str) else "picture" for part in expected]
-            became.setdefault(form(before), []).append(lost_text)
-        assert {key for key in became if any(became[key])} == forms
-        for key in forms:
-            assert np.mean(became[key]) == pytest.approx(share, abs=0.04)
-
-# ---- Edits -------------------------------------------------------------------------------------------------
-
-def test_edits_by_hand():
-    scene = shapes.parse("a red circle above a blue square.")
-    for instruction, caption in {
-        "make the red circle green.": "a green circle above a blue square.",
-        "make the blue square red.": "a red circle above a red square.",
-        "move the blue square to the left.": "a blue square left of a red circle.",
-        "move the blue square to the right.": "a blue square right of a red circle.",
-        "move the blue square to the top.": "a blue square above a red circle.",
-        "move the red circle to the bottom.": "a blue square above a red circle.",
-        "swap them.": "a blue square above a red circle.",
-    }.items():
-        assert shapes.edit(scene, instruction) == shapes.parse(caption), instruction
-    for nothing in (
-        "make the red circle red.", "move the red circle to the top.", "make the red square green.", "no"
-    ):
-        assert shapes.edit(scene, nothing) is None
-    both = shapes.parse("a red circle above a blue circle.")
-    assert shapes.edit(both, "make the red circle blue.") is None  # two of the same thing are no scene
-
-def test_what_an_instruction_makes_is_read_back_from_the_picture():
-    """Scene and instruction to scene, picture and instruction to picture: the arrows agree in every split."""
-    for split in shapes.SPLITS:
-        kinds, found = Counter(), edit_examples(split, 200, 0)
-        for before, after, picture, instruction, edited in found:
-            assert shapes.split(before) == shapes.split(after) == split and before != after
-            assert shapes.edit(before, instruction) == after
-            assert shapes.read(picture) == before and shapes.read(edited) == after
-            kinds[instruction.split()[0]] += 1
-        assert set(kinds) == {"make", "move", "swap"} and min(kinds.values()) > 40
-        words = {word for *_, instruction, _ in found for word in instruction.removesuffix(".").split()}
-        assert words <= set(shapes.WORDS)
-
-def test_an_edit_leaves_the_other_thing_where_it_was():
-    checked = 0
-    for before, after, picture, instruction, edited in edit_examples("train", 60, 1):
-        if instruction.startswith("make"):
-            (old,) = [a for a, b in zip(before.things, after.things) if a != b]
-            changed = (picture != edited).any(-1)
-            for kept in [a for a, b in zip(before.things, after.things) if a == b]:
-                ink = (np.abs(picture.astype(int) - shapes.COLOURS[kept.colour]) < 5).all(-1)
-                assert ink.any() and changed.any()
-                if kept.colour != old.colour:
-                    assert not (changed & ink).any()
-                    checked += 1
-    assert checked > 5
-
-def test_every_edit_of_a_scene_makes_another_scene_that_an_edit_makes_back():
-    for scene in shapes.SPLITS["test"][:40]:
-        for kind in shapes.edits(scene).values():
-            for after in kind.values():
-                assert after in shapes.ARRANGEMENTS and after != scene
-                assert scene in [back for kinds in shapes.edits(after).values() for back in kinds.values()]
-
-# ---- Scores ------------------------------------------------------------------------------------------------
-
-def test_frechet_of_known_gaussians():
-    rng = np.random.default_rng(0)
-    a = np.full((400, 32, 32, 3), 100, np.uint8) + rng.integers(0, 60, (400, 8, 8, 3), dtype=np.uint8).repeat(
-        4, axis=1).repeat(4, axis=2)
-    assert frechet(a, a) == pytest.approx(0, abs=1e-6)
-    assert frechet(a, a + 10) == pytest.approx(192 * (10 / 255) ** 2, rel=1e-6)  # a shift costs its square
-    # Twice the deviation costs (2 - 1)^2 variances, and the shift of the mean.
-    spread = ((a.astype(int) - 100) * 2 + 100).clip(0, 255).astype(np.uint8)
-    thumbnails = a[:, ::4, ::4].reshape(400, -1) / 255
-    shift = ((thumbnails.mean(0) - 100 / 255) ** 2).sum()
-    assert frechet(a, spread) == pytest.approx(shift + thumbnails.var(0, ddof=1).sum(), rel=1e-5)
-
-def test_psnr_of_known_noise():
-    rng = np.random.default_rng(0)
-    grey = np.full((50, 32, 32, 3), 128, np.uint8)
-    expected = 20 * math.log10(255 / 10)
-    assert psnr(grey, grey + 10) == psnr(grey + 10, grey) == pytest.approx(expected, abs=1e-4)
-    noisy = (grey + rng.normal(0, 20, grey.shape)).round().astype(np.uint8)
-    assert psnr(grey, noisy) == pytest.approx(20 * math.log10(255 / 20), abs=0.05)
-    half = np.concatenate([grey, grey + 10])  # over all pictures: the mean of the errors, not of the decibels
-    assert psnr(half, np.concatenate([grey, grey])) == pytest.approx(expected + 10 * math.log10(2), abs=1e-3)
-    assert 90 < psnr(grey, grey) < math.inf
+# ---- Scores --------------------------------------------------------------------------------------
 
 class Oracle:
-    """A model with answers that are right by construction. `lose` is what its VAE does to pictures."""
+    """In place of Trained: all its answers are right, but its VAE loses every other picture."""
 
-    def __init__(self, task, lose=lambda pictures: pictures):
-        self.task, self.lose = task, lose
+    def __init__(self, task):
+        self.task = task
 
-    def log_likelihood(self, texts, draws):
-        """As likely as the grammar has them; a wrong conclusion is nearly impossible."""
+    def log_likelihood(self, documents, end=EOS):
+        """As likely as in the grammar. A wrong conclusion is nearly impossible."""
         log_p = []
-        for text in texts:
+        for [text] in documents:
             kind = "text" if " so " in text else "caption"
-            premise = shapes.parse(text.split(" so ")[0].replace(" is ", " "))
-            is_true = any(text == tell(premise, flip) for tell, flip in WORDINGS)
-            log_p.append(-self.task.entropy(kind, [premise]) if is_true else -100.0)
-        return np.array(log_p), np.array([len(text.split()) + 2 for text in texts])
+            if text in MEANING:
+                log_p.append(-self.task.entropy(kind, [MEANING[text]]))
+            else:
+                log_p.append(-100)
+        return np.array(log_p), np.ones(len(documents))
 
     def caption(self, pictures):
         return [shapes.describe(shapes.read(picture)) for picture in pictures]
 
-    def draw(self, prompts, guidance_scale):
-        scenes = [shapes.parse(*p) if len(p) == 1 else shapes.edit(shapes.read(p[0]), p[1]) for p in prompts]
-        return self.lose(np.stack([shapes.render(scene, random.Random(0)) for scene in scenes]))
-
     def reconstruct(self, pictures):
-        return self.lose(pictures)
-
-    def codes(self, pictures):
-        return None
-
-@pytest.mark.parametrize("name", TASKS)
-def test_who_knows_the_world_has_the_best_possible_scores(name):
-    task = TASKS[name](0.5, 0.1)
-    report = task.evaluate(Oracle(task), "test", 40, 0, [2.0, 1.0])
-    for score, (value, beside) in report.scores.items():
-        assert any(word in beside for word in ("floor", "ceiling", "chance", "best possible", "true pictures"))
-        if score.endswith("ppl"):
-            assert f"best possible {value:.4f}: " in beside  # it is exactly as uncertain as the grammar
-        elif "acc" in score:
-            assert value == 1, score
-    if name == "text":
-        assert set(report.scores) == {"text_ppl", "caption_ppl", "text_acc"} and report.pictures is None
-    else:
-        drawing = {"draw_acc", "frechet", "draw_acc g=1", "frechet g=1"}
-        assert {"caption_acc", "vae_psnr", "vae_acc", *drawing} <= set(report.scores)
-        assert len(report.pictures) == len(report.prompts) == len(report.correct) == 40
-        assert all(report.correct)
-    assert ("edit_acc" in report.scores) == (name == "edit")
-
-def test_what_the_vae_loses_is_the_ceiling_of_a_drawing():
-    """It blanks every other picture, so that half of the drawings can be right at best."""
-    def lose(pictures):
-        pictures = pictures.copy()
+        pictures = np.array(pictures)
         pictures[::2] = shapes.BACKGROUND
         return pictures
 
-    task = TASKS["shapes"](0.5, 0.1)
-    scores = task.evaluate(Oracle(task, lose), "test", 40, 0, [2.0]).scores
-    assert scores["vae_acc"][0] == scores["draw_acc"][0] == 0.5 and "ceiling 0.5000" in scores["draw_acc"][1]
-    scenes, _, pictures = zip(*examples("test", 40, 0))
-    pictures = np.stack(pictures)
-    again = score_vae(Oracle(task, lose), scenes, pictures)
-    assert again["vae_psnr"][0] == scores["vae_psnr"][0] == psnr(lose(pictures), pictures)
-    assert f"floor {psnr(np.full_like(pictures, shapes.BACKGROUND), pictures):.1f}" in again["vae_psnr"][1]
+    def draw(self, prompts):
+        drawings = []
+        for *given, text in prompts:
+            scene = shapes.edit(shapes.read(*given), text) if given else MEANING[text]
+            drawings.append(shapes.render(scene, random.Random(0)))
+        return self.reconstruct(drawings)
 
-# ---- Files and plots ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind, typical", [
+    (Shapes, "draw_acc"),
+    (Edit, "edit_acc"),
+    (Text, "text_acc"),
+])
+def test_right_answers_have_the_best_possible_scores(kind, typical):
+    task = make_task(kind)
+    report = task.evaluate(Oracle(task), "test", 40, 0)
+    assert typical in report.scores
+    for name, (value, beside) in report.scores.items():
+        assert any(word in beside for word in ("floor", "ceiling", "chance", "best", "true"))
+        if name.endswith("acc"):
+            best = 1 if name in ("text_acc", "caption_acc") else 0.5
+            assert value == best
+        # As uncertain as the grammar, and as good as the VAE.
+        if name in ("text_ppl", "caption_ppl", "draw_acc", "edit_acc"):
+            assert f"{value:.4f}" in beside
+    assert kind is Text or report.correct == [False, True] * 20
 
-def test_pictures_for_people():
-    rng = random.Random(0)
-    pictures = [shapes.render(shapes.pick(rng, shapes.ARRANGEMENTS), rng) for _ in range(7)]
-    row = plots.row_of(pictures)
-    assert plots.stack(row, row).height == 2 * row.height
-    captions = ["a red circle above a blue square."] * 7
-    grid = plots.captioned_grid(pictures, captions, [True] * 6 + [False], columns=3)
-    reddish = np.abs(np.asarray(grid).astype(int) - plots.RED).max(-1) == 0
-    assert reddish.any() and reddish.nonzero()[0].min() > grid.height * 2 / 3  # only the last caption is red
-    text = plots.terminal_picture(pictures[0])
-    assert text.count("▀") == 32 * 16 and len(text.splitlines()) == 16
+def test_frechet_of_known_distributions():
+    a = np.random.default_rng(0).integers(0, 60, (400, 8, 8, 3))
+    # Twice the deviation costs (2 - 1)^2 variances, and the mean moves too.
+    expected = a.var(0, ddof=1) + (a.mean(0) + 10) ** 2
+    assert frechet(a, 2 * a + 10) == pytest.approx(expected.sum() / 255**2)
 
-def test_any_picture_becomes_its_middle_square_on_white(tmp_path):
-    wide = Image.new("RGBA", (120, 64), (255, 0, 0, 255))
-    wide.paste((0, 0, 255, 255), (28, 0, 92, 64))  # the middle square is blue,
-    wide.paste((0, 0, 0, 0), (28, 0, 60, 64))  # and its left half transparent
-    wide.save(tmp_path / "wide.png")
-    picture = load_picture(tmp_path / "wide.png", 32)
-    assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
-    assert (picture[:, :16] == 255).all() and (picture[:, 16:] == (0, 0, 255)).all()
+def test_psnr_is_of_the_mean_error():
+    found = psnr(np.uint8([8, 8]), np.uint8([8, 28]))
+    assert found == pytest.approx(10 * math.log10(255**2 / 200))
 
-# ---- Imports -----------------------------------------------------------------------------------------------
+def test_matching_is_how_often_the_own_pair_wins():
+    """A caption is a number, and its picture is the same number."""
+    def fit(own, others):
+        """Knows the even numbers. All others fit an odd one equally well, which is not a win."""
+        return -abs(own - others) * (own % 2 == 0)
+
+    def log_likelihood(documents):
+        pictures, captions = np.int64(documents).T
+        return [fit(captions, pictures)]
+
+    def diffusion_loss(captions, pictures):
+        return -fit(pictures, np.int64(captions))
+
+    matcher = SimpleNamespace()
+    matcher.model = SimpleNamespace(cfg=Config())
+    matcher.log_likelihood = log_likelihood
+    matcher.diffusion_loss = diffusion_loss
+    captions = [str(i) for i in range(200)]
+    scores = score_matching(matcher, captions, np.arange(200), seed=0)
+    for name in ("caption_match", "draw_match"):
+        value, beside = scores[name]
+        assert value == 0.5
+        assert "0.125" in beside
+
+# ---- A trained model -----------------------------------------------------------------------------
+
+PICTURES = np.stack([picture for _, _, picture in examples("val", 3, 0)])
+
+@pytest.fixture(params=["transfusion", "chameleon"])
+def untrained(request):
+    """With random weights."""
+    torch.manual_seed(0)
+    cfg = Config(model=request.param, **SMALL_MODEL)
+    tokenizer, model, vae = build_models(cfg, shapes.WORDS, torch.device("cpu"))
+    for p in [*model.parameters(), *vae.parameters()]:
+        torch.nn.init.normal_(p, std=0.3)
+    return Trained(model, tokenizer, vae, Run())
+
+@pytest.mark.parametrize("end", [BOI, EOS])
+def test_log_likelihood_is_the_sum_over_all_text(untrained, end):
+    """Also over BOI before a picture, and over the end, but not over the codes of Chameleon."""
+    documents = [
+        ["a ring."],
+        ["so", PICTURES[0], "a red"],
+        [PICTURES[1]],
+    ]
+    expected = []
+    for document in encode(documents, untrained.tokenizer, untrained.vae):
+        log_p = []
+        for i, item in enumerate([*document, end]):
+            token = item if isinstance(item, int) else BOI
+            logits = next_logits(untrained.model, [document[:i]])[0]
+            log_p.append(logits.log_softmax(-1)[token].item())
+        expected.append((sum(log_p), len(log_p)))
+    found = untrained.log_likelihood(documents * 50, end)
+    assert np.allclose(np.transpose(found), expected * 50, rtol=1e-4)
+
+def test_drawings_belong_to_their_prompts(untrained, monkeypatch):
+    """Where the model draws nothing, the picture is black, also if the prompt has one."""
+    [images] = encode([PICTURES], untrained.tokenizer, untrained.vae)
+    continued = [[images[0], 9], [images[0], 9, images[1]]]
+    monkeypatch.setattr(untrained, "generate", lambda prompts: continued)
+    drawn = untrained.draw([[PICTURES[0], "a"]] * 2)
+    first, second, _ = untrained.reconstruct(PICTURES)
+    assert not drawn[0].any()
+    assert (drawn[1] == second).all()
+    assert (first != second).any()
+
+@pytest.mark.parametrize("untrained", ["transfusion"], indirect=True)
+def test_diffusion_loss_belongs_to_its_pair(untrained):
+    captions = ["a red ring.", "a blue ring.", "a green ring."]
+    pictures = np.concatenate([PICTURES] * 50)
+    losses = untrained.diffusion_loss(captions * 50, pictures)
+    [alone] = untrained.diffusion_loss(captions[1:2], PICTURES[1:2])
+    [other] = untrained.diffusion_loss(captions[:1], PICTURES[1:2])
+    assert np.allclose(losses[1::3], alone)
+    assert not np.isclose(other, alone)
+
+# ---- Imports -------------------------------------------------------------------------------------
 
 def imports(path):
-    """The modules that a file imports, each as its full dotted name, also within functions."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+    """The packages that a file imports."""
+    pattern = r"^ *(?:import|from) (\w+)[\w.]*(?: import| as|$)"
+    return set(re.findall(pattern, path.read_text(), re.MULTILINE))
 
-def test_data_imports_no_script():
-    files = sorted((ROOT / "data").glob("*.py"))
-    assert len(files) >= 6
-    for file in files:
-        used = {name.split(".")[0] for name in imports(file)}
-        assert not used & {"train", "sample", "tests"}, file
-        if file.name in ("shapes.py", "scores.py", "plots.py", "files.py"):
-            assert not used & {"torch", "transfusion"}, f"{file} works on NumPy arrays and sentences"
-
-def test_transfusion_needs_only_torch_and_touches_nothing_outside():
-    source = (ROOT / "transfusion.py").read_text()
-    used = {name.split(".")[0] for name in imports(ROOT / "transfusion.py")}
-    assert "torch" in used and used <= set(sys.stdlib_module_names) | {"torch"}
-    for word in ("print(", "open(", "argparse", "sys.", "pathlib", "torch.load", "torch.save"):
-        assert word not in source, word
+def test_imports_point_one_way():
+    assert imports(ROOT / "transfusion.py") <= {"torch", *sys.stdlib_module_names}
+    for file in (ROOT / "data").glob("*.py"):
+        assert not imports(file) & {"train", "sample", "tests"}, file

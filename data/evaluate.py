@@ -1,0 +1,250 @@
+"""A trained model as texts and pictures in and out, and how it is scored.
+
+A score is a pair: (value, what to compare it with). Texts are str, and pictures are uint8
+(N, H, W, 3).
+"""
+
+import json
+import math
+import os
+import random
+import time
+from dataclasses import asdict, replace
+
+import numpy as np
+import torch
+
+from data import plots, shapes
+from transfusion import (
+    BOI,
+    BOS,
+    EOI,
+    EOS,
+    PATCH,
+    attention_mask,
+    encode,
+    generate,
+    next_tokens,
+    pack,
+    q_sample,
+)
+
+class Trained:
+    """A trained model, with all that it needs to read and to write texts and pictures."""
+
+    def __init__(self, model, tokenizer, vae, run):
+        self.model, self.tokenizer, self.vae, self.run = model, tokenizer, vae, run
+
+    def encode_in_parts(self, documents):
+        """Documents of str and pictures -> documents of tokens and images, 128 at a time."""
+        for i in range(0, len(documents), 128):
+            yield encode(documents[i : i + 128], self.tokenizer, self.vae)
+
+    def generate(self, documents, max_images=1):
+        """Continue documents of str and pictures. Returns documents of tokens and images."""
+        run, results = self.run, []
+        for part in self.encode_in_parts(documents):
+            results += generate(
+                self.model, part, max_tokens=16, max_images=max_images,
+                steps=run.sample_steps, guidance_scale=run.guidance_scale, eta=run.eta,
+            )
+        return results
+
+    def caption(self, pictures):
+        """A caption for each picture."""
+        documents = self.generate([[picture] for picture in pictures], max_images=0)
+        return [self.tokenizer.decode(document[1:]) for document in documents]
+
+    def draw(self, prompts):
+        """The picture that follows each prompt; black where the model chose not to draw one."""
+        size = self.model.cfg.image_size
+        pictures = np.zeros((len(prompts), size, size, 3), np.uint8)
+        for i, (prompt, document) in enumerate(zip(prompts, self.generate(prompts))):
+            images = [item for item in document if not isinstance(item, int)]
+            given = [part for part in prompt if not isinstance(part, str)]
+            if len(images) > len(given):
+                pictures[i] = self.vae.decode(images[-1][None])[0].cpu().numpy()
+        return pictures
+
+    def reconstruct(self, pictures):
+        """The pictures after the VAE's encoder and decoder."""
+        parts = torch.from_numpy(pictures).split(128)
+        return np.concatenate([self.vae.decode(self.vae.encode(part)).cpu() for part in parts])
+
+    @torch.no_grad()
+    def log_likelihood(self, documents, end=EOS):
+        """log P (N,) of the text of each document, and its number of tokens (N,).
+
+        They include BOI before an image, and the token after the document: EOS, or BOI to score
+        "an image follows". Images are clean and are not scored themselves.
+        """
+        log_p, n_tokens = [], []
+        for part in self.encode_in_parts(documents):
+            tokens, logits = self.model.logits(part)
+            targets, has_loss = next_tokens(tokens)
+            has_loss = has_loss & (targets < self.model.n_text)  # not Chameleon's codes
+            targets = torch.where(targets == EOS, end, targets)[..., None]
+            log_p_of_token = logits[:, :-1].log_softmax(-1).gather(2, targets)[..., 0]
+            log_p.append((log_p_of_token * has_loss).sum(1).cpu().numpy())
+            n_tokens.append(has_loss.sum(1).cpu().numpy())
+        return np.concatenate(log_p), np.concatenate(n_tokens)
+
+    @torch.no_grad()
+    def diffusion_loss(self, captions, pictures, times=(0.3, 0.5, 0.7, 0.9)):
+        """The squared error of x0 for each picture after its caption (N,), averaged over times.
+
+        All pictures get the same noise, so that their losses can be compared.
+        """
+        cfg, losses = self.model.cfg, []
+        eps = torch.randn(1, *cfg.latent_shape, generator=torch.Generator().manual_seed(0))
+        for i in range(0, len(captions), 128):
+            documents = encode([[c] for c in captions[i : i + 128]], self.tokenizer, self.vae)
+            x0 = self.vae.encode(torch.from_numpy(pictures[i : i + 128]))
+            error = 0
+            for t in torch.tensor(times, device=x0.device).split(1):
+                xt = q_sample(x0, eps.to(x0.device), t)
+                error = error + (self.model.predict_x0(documents, xt, t) - x0).square()
+            losses.append(error.mean((1, 2, 3)).cpu().numpy() / len(times))
+        return np.concatenate(losses)
+
+# ---- Scores --------------------------------------------------------------------------------------
+
+def accuracy(found, wanted):
+    """The share of positions at which two sequences agree."""
+    return sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
+
+def perplexity(trained, documents, end=EOS):
+    """Perplexity per token of the text in documents, and the number of tokens."""
+    log_p, n_tokens = trained.log_likelihood(documents, end)
+    return math.exp(min(-log_p.sum() / n_tokens.sum(), 100)), n_tokens.sum()
+
+def score_perplexity(trained, texts, end, entropy):
+    """Perplexity per token of texts, beside that of the true grammar: `entropy` nats for all."""
+    value, n_tokens = perplexity(trained, [[text] for text in texts], end)
+    return value, f"best possible {math.exp(entropy / n_tokens):.4f}: the true grammar"
+
+def score_conclusions(trained, scenes, flips):
+    """How often is the correct conclusion the likeliest of the four relations?"""
+    relations = list(shapes.OPPOSITE)
+    log_p = []
+    for relation in relations:
+        texts = [[shapes.argument(s, flip, relation)] for s, flip in zip(scenes, flips)]
+        log_p.append(trained.log_likelihood(texts)[0])
+    chosen = [relations[i] for i in np.argmax(log_p, axis=0)]
+    return accuracy(chosen, list(map(shapes.conclusion, scenes, flips))), "chance 0.25"
+
+def score_matching(trained, captions, pictures, seed, n_choices=8):
+    """Does the model know which captions and pictures belong together? Nothing is generated.
+
+    caption_match: is a caption the likeliest after its own picture, among 8? draw_match: does a
+    picture have the smallest diffusion loss after its own caption, among 8? The other 7 are chosen
+    at random from pairs with other captions.
+    """
+    rng = random.Random(seed)
+    n_choices = min(n_choices, len(set(captions)))
+    if n_choices < 2:
+        return {}
+    choices = []  # for each pair, the indices of n_choices pairs, its own first
+    for i, caption in enumerate(captions):
+        by_caption = {other: j for j, other in enumerate(captions) if other != caption}
+        choices.append([i, *rng.sample(sorted(by_caption.values()), n_choices - 1)])
+    own = [i for i, row in enumerate(choices) for _ in row]
+    other = [j for row in choices for j in row]
+
+    pairs = [[pictures[j], captions[i]] for i, j in zip(own, other)]
+    log_p = trained.log_likelihood(pairs)[0].reshape(-1, n_choices)
+    chance = f"chance {1 / n_choices:.4f}"
+    scores = {"caption_match": (float((log_p[:, 0] > log_p[:, 1:].max(1)).mean()), chance)}
+    if trained.model.cfg.model == "transfusion":
+        losses = trained.diffusion_loss([captions[j] for j in other], pictures[own])
+        losses = losses.reshape(-1, n_choices)
+        scores["draw_match"] = float((losses[:, 0] < losses[:, 1:].min(1)).mean()), chance
+        scores["diffusion_loss"] = float(losses[:, 0].mean()), "of pictures after their caption"
+    return scores
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of pictures in dB, from the mean square error over all of them."""
+    error = np.square(a.astype(np.float32) - b.astype(np.float32)).mean()
+    return float(10 * np.log10(255**2 / max(error, 1e-10)))
+
+def frechet(a, b):
+    """Frechet distance between two sets of pictures: small if the two sets are similar.
+
+    |mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)), where A and B are the covariances of 8 x 8 RGB
+    thumbnails (192 numbers in [0, 1]). It is sensitive to colours and positions, but hardly to
+    shapes beyond their area.
+    """
+    mean_a, cov_a = thumbnail_statistics(a)
+    mean_b, cov_b = thumbnail_statistics(b)
+    values, vectors = np.linalg.eigh(cov_a)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T  # tr sqrt(A B) = tr sqrt(root B root)
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+def thumbnail_statistics(pictures):
+    """Mean (192,) and covariance (192, 192) of the pictures' 8 x 8 thumbnails."""
+    n, height, width, _ = pictures.shape
+    thumbnails = pictures.reshape(n, 8, height // 8, 8, width // 8, 3).mean((2, 4)).reshape(n, -1)
+    return thumbnails.mean(0) / 255, np.cov(thumbnails / 255, rowvar=False)
+
+def score_frechet(drawn, pictures, others, reconstructed):
+    """Frechet distance of drawings from true pictures, beside that of others and of the VAE."""
+    beside = f"{frechet(others, pictures):.4f}: other true pictures, "
+    return frechet(drawn, pictures), beside + f"{frechet(reconstructed, pictures):.4f}: VAE"
+
+# ---- What a run writes ---------------------------------------------------------------------------
+
+def validate(trained, task):
+    """Score 32 validation examples. Returns {score: value}, and a list with one row of drawings, or
+    none if the task has none.
+    """
+    # The same noise each time, so that each column of progress.png follows one drawing.
+    torch.manual_seed(trained.run.seed)
+    report = task.evaluate(trained, "val", 32, trained.run.seed)
+    drawings = [] if report.pictures is None else [torch.from_numpy(report.pictures[:12])]
+    return {name: value for name, (value, _) in report.scores.items()}, drawings
+
+def write_progress(directory, history, drawings):
+    """Write log.csv and progress.png, with one row per validation."""
+    rows = [history[0].keys()] + [[f"{value:.6g}" for value in row.values()] for row in history]
+    (directory / "log.csv").write_text("".join(",".join(row) + "\n" for row in rows))
+    if drawings:
+        rows = [plots.row_of(pictures.numpy()) for pictures in drawings]
+        plots.arrange(rows, columns=1, gap=0).save(directory / "progress.png")
+
+def draw_figure(report, model, tokenizer):
+    """The attention mask of a short document, and drawings with their prompts."""
+    p = model.cfg.patch_size
+    cfg = replace(model.cfg, latent_size=2 * p, image_size=4 * p)  # images of 4 patches
+    image = torch.zeros(cfg.latent_shape)
+    if cfg.model == "chameleon":
+        image = torch.full((4,), model.n_text)
+    tokens, _ = pack([[*tokenizer.encode("a red circle."), image]], cfg, "cpu")
+    special = {BOS: "BOS", EOI: "EOI", PATCH: "patch", BOI: "BOI", EOS: "EOS", model.n_text: "code"}
+    names = [special.get(token) or tokenizer.decode([token]) for token in tokens[0].tolist()]
+    mask = attention_mask(tokens, cfg.bidirectional)[0, 0]
+    figure = plots.mask_picture(mask, names, tokens[0] == PATCH)
+    if report.pictures is None:
+        return figure
+    grid = plots.captioned_grid(report.pictures[:18], report.prompts[:18], report.correct[:18])
+    return plots.arrange([figure, grid], columns=2, gap=24)
+
+def write_scores(trained, task, directory, checkpoint):
+    """Print the final table, and write metrics.json and figure.png."""
+    run, start_time = trained.run, time.time()
+    torch.manual_seed(run.seed)
+    report = task.evaluate(trained, run.eval_split, run.eval_n, run.seed + 1)
+    split = "held-out" if run.eval_split == "test" else "validation"
+    print(f"\n{report.n} {split} examples, seed {run.seed}, guidance {run.guidance_scale:g}, "
+          f"{run.sample_steps} denoising steps, eta {run.eta:g}")
+    for name, (value, beside) in report.scores.items():
+        print(f"{name:14} {value:8.4f}   {beside}")
+    draw_figure(report, trained.model, trained.tokenizer).save(directory / "figure.png")
+    metrics = {name: checkpoint[name] for name in ("command", "step", "minutes", "flops")} | {
+        "scoring_minutes": (time.time() - start_time) / 60,
+        "machine": f"{trained.model.device}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "cfg": asdict(trained.model.cfg), "run": asdict(run), "scores": report.scores,
+    }
+    (directory / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    print(f"\nThe results are in {directory}. Training took {metrics['minutes']:.1f} minutes "
+          f"({metrics['flops']:.2g} FLOPs), and scoring {metrics['scoring_minutes']:.1f}.")

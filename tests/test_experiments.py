@@ -1,0 +1,60 @@
+"""data/experiments.py and data/compare.py, with tiny runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data import compare, experiments
+from tests.conftest import TINY, call, complaint, metrics_of
+
+def test_experiments_train_what_is_missing_and_print_tables(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = {"low": " ".join(TINY), "high": " ".join([*TINY, "--lr", "0.02"])}
+    rows = {"a low rate": ("low", "as here"), "a high rate": ("high", "")}
+    monkeypatch.setattr(experiments, "RUNS", runs)
+    monkeypatch.setattr(experiments, "TABLES", {"rates": experiments.Table("Rates", rows)})
+    call(experiments.main, "--seeds", 0, 1)
+    path = Path("runs/experiments/results.json")
+    results = json.loads(path.read_text())
+    assert set(results) == {"low-0", "low-1", "high-0", "high-1"}
+    values = [results[f"low-{seed}"]["scores"]["text_ppl"][0] for seed in (0, 1)]
+    assert values[0] != values[1]
+    for name in ("rates-draw_acc.png", "rates.png"):
+        assert Image.open(f"runs/experiments/{name}").width > 128
+
+    path.write_text(json.dumps({key: results[key] for key in ("low-0", "high-0", "high-1")}))
+    written = {p: p.stat().st_mtime_ns for p in Path("runs/experiments").glob("*/ckpt.pt")}
+    printed = call(experiments.main, "--seeds", 0, 1)  # takes low-1 from its directory
+    assert written == {p: p.stat().st_mtime_ns for p in written}
+    assert json.loads(path.read_text()) == results
+    (low,) = [line for line in printed.splitlines() if line.startswith("| a low rate |")]
+    assert f"{sum(values) / 2:.3f} ({min(values):.3f} to {max(values):.3f})" in low
+    assert "as here" in low and low in call(experiments.main, "--show")
+    monkeypatch.setitem(runs, "low", "--noise-cap none")
+    assert "low-2 failed" in call(experiments.main, "--seeds", 2, "--jobs", 1)
+
+def test_parity_is_the_share_of_flops_at_which_the_baseline_is_reached(monkeypatch):
+    monkeypatch.setattr(experiments, "RUNS", {"ours": "", "baseline": ""})
+
+    def result(flops, draw_acc, frechet):
+        curves = {"flops": flops, "draw_acc": draw_acc, "frechet": frechet}
+        return {"options": "", "curves": curves}
+    results = {
+        "ours-0": result([2, 4, 6], [0.1, 0.5, 0.9], [3, 2, 1.5]),
+        "ours-1": result([2, 4, 6], [0.3, 0.7, 0.9], [3, 2, 1.5]),
+        "baseline-0": result([4, 8], [0.1, 0.4], [2, 1]),
+    }
+    # The mean rises from 0.2 at 2 FLOPs to 0.6 at 4, so it is 0.4 at 3 of the baseline's 8.
+    assert float(experiments.parity(results, "ours", "baseline", "draw_acc")) == pytest.approx(0.38)
+    assert experiments.parity(results, "ours", "baseline", "frechet") == "not reached"
+    assert experiments.parity(results, "baseline", "ours", "frechet") == "1.00"
+
+def test_runs_are_compared_in_a_table_and_a_picture(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    printed = call(compare.main, trained[0], trained[0])
+    assert printed.count(f"{metrics_of(trained[0])['scores']['text_ppl'][0]:.3f}") == 2
+    assert "edit_acc" not in printed  # a column that no run has
+    assert Image.open("compare.png").width > 12 * 128
+    assert "not the output" in complaint(compare.main, tmp_path)

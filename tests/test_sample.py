@@ -1,0 +1,97 @@
+"""sample.py as a person runs it."""
+
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train
+from tests.conftest import TINY, call, checkpoint_of, complaint
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Paths of a red and a blue picture."""
+    paths = tmp_path / "red.png", tmp_path / "blue.png"
+    for path in paths:
+        Image.new("RGB", (70, 50), path.stem).save(path)
+    return paths
+
+@pytest.fixture
+def changed(trained, tmp_path):
+    """A function: the trained run with other matrices in its model and its VAE."""
+    def get(change):
+        checkpoint = checkpoint_of(trained[0])
+        for name, weight in (checkpoint["ema"] | checkpoint["vae"]).items():
+            if weight.dim() > 1:
+                change(name, weight)
+        torch.save(checkpoint, tmp_path / "ckpt.pt")
+        return tmp_path
+
+    return get
+
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.iterdir()}
+
+def test_each_prompt_is_drawn_and_no_file_is_overwritten(changed, tmp_path):
+    # All tokens are equally likely, so the greedy choice is the first one that is allowed: BOI.
+    run = changed(lambda name, weight: weight.mul_(name != "lm_head.weight"))
+    out = tmp_path / "deep" / "out"
+    options = ["--run", run, "--out", out, "--steps", 5, "--max-images", 1]
+    said = call(sample.main, "a red circle.", "hello", *options)
+    before = contents(out)
+    assert {path.name for path in before} == {"001.png", "001.gif", "002.png", "002.gif"}
+    assert all(str(path) in said for path in before)
+    first, second = [line for line in said.splitlines() if "BOI" in line]
+    assert first.startswith("a red circle.")
+    assert second.startswith("hello")
+    for path in before:
+        picture = Image.open(path)
+        assert picture.size == (256, 256)
+        assert path.suffix == ".png" or picture.n_frames == 5
+
+    call(sample.main, "a red circle.", *options, "--seed", 1)
+    assert contents(out).items() > before.items()
+    assert (out / "003.png").read_bytes() != (out / "001.png").read_bytes()
+
+def test_pictures_are_captioned_and_text_is_continued(changed, pictures):
+    torch.manual_seed(0)
+    run = changed(lambda _, weight: weight.normal_(std=0.3))  # all that comes before matters
+    red, blue = (f"<{path}>" for path in pictures)
+    prompts = [red, blue, "a red", f"left. {red} right"]
+    options = ["--run", run, "--max-tokens", 16, "--max-images", 0]
+    texts = [call(sample.main, prompt, *options) for prompt in prompts]
+    assert texts[0] != texts[1]
+    assert "BOI" in texts[0]
+    assert texts[2].startswith("a red")
+    assert texts[3].startswith("left. [BOI] ")
+    assert "[EOI] right" in texts[3]
+    assert call(sample.main, *prompts, *options) == "".join(texts)
+
+def test_the_seed_decides_what_is_made_of_nothing(trained):
+    options = ["--run", trained[0], "--max-tokens", 20, "--max-images", 0, "--seed"]
+    first, again, other = (call(sample.main, *options, seed) for seed in (3, 3, 4))
+    assert first == again != other
+
+@pytest.mark.parametrize("n_bytes", [None, 0, 60])  # missing, empty and cut off
+def test_a_picture_that_cannot_be_read_is_named(n_bytes, trained, tmp_path, pictures):
+    path = tmp_path / "bad.png"
+    if n_bytes is not None:
+        path.write_bytes(pictures[0].read_bytes()[:n_bytes])
+    said = complaint(sample.main, f"a <{path}>", "--run", trained[0], "--out", tmp_path / "out")
+    assert "bad.png" in said and "\n" not in said
+    assert not (tmp_path / "out").exists()
+
+@pytest.mark.parametrize("wrong", ["--steps 0", "--eta 2", "--temperature -1"])
+def test_wrong_numbers_are_named(wrong, capsys):
+    option, value = wrong.split()
+    with pytest.raises(SystemExit, match="2"):
+        sample.main(["a", option, value])
+    assert option in capsys.readouterr().err.splitlines()[-1]
+
+def test_a_run_that_cannot_be_used_is_named(tmp_path, pictures, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no checkpoint at runs/shapes/ckpt.pt" in complaint(sample.main, "a")
+    call(train.main, *TINY, "--task", "text", "--steps", 1, "--eval-n", 4)
+    said = complaint(sample.main, f"<{pictures[0]}>", "--run", "runs/text")
+    assert "text alone" in said and "\n" not in said
+    assert not (tmp_path / "samples").exists()
