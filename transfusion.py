@@ -750,7 +750,10 @@ class QuantisedVAE(VAE):
     def quantise(self, x):
         mean, _ = self.posterior(x)
         z = mean.tanh() * (N_LEVELS // 2)
-        return z + (z.round() - z).detach()  # straight-through: rounded, with the gradient of z
+        error = (z.round() - z).detach()  # straight-through: rounded, with the gradient of z
+        if self.training and torch.rand(()) < 0.5:
+            error = torch.rand_like(z) - 0.5  # noise of the same size, without which some runs fail
+        return z + error
 
     def loss(self, pictures):
         x = self.to_input(pictures)

@@ -156,8 +156,6 @@ def load_picture(file, size):
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):  # 16-bit greyscale, which Pillow would clip to 255
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            if image.mode == "CMYK":
-                image = image.convert("RGB")
             image = image.convert("RGBA")
     except FileNotFoundError:
         raise ValueError(f"There is no picture at {file}.") from None

@@ -62,6 +62,8 @@ class Shapes:
 
     def __init__(self, run, image_size):
         """`run` has the options of train.py. Raises ValueError if the task cannot use them."""
+        if run.data:
+            raise ValueError("Only the task folder has --data.")
         if image_size != shapes.IMAGE_SIZE:
             raise ValueError(f"The toy world has pictures of {shapes.IMAGE_SIZE} pixels, "
                              f"but image_size is {image_size}.")
@@ -216,6 +218,8 @@ class Folder:
     defaults = {}
 
     def __init__(self, run, image_size):
+        if not run.data:
+            raise ValueError("The task folder needs --data FOLDER.")
         self.caption_first, self.unconditional_share = run.caption_first, run.unconditional_share
         self.train, self.held_out = load_folder(run.data, image_size)
         for pairs in (self.train, self.held_out):  # a folder is sorted, perhaps by content

@@ -152,7 +152,8 @@ def test_after_ctrl_c_the_run_goes_on_as_if_nothing_had_happened(
 
     break_loss(monkeypatch, step, press_ctrl_c)
     said = complaint(train.main, "--run", tmp_path / "x", *TINY)
-    assert f"step {step}" in said and f"--resume --run {tmp_path / 'x'}" in said
+    assert f"step {step}" in said
+    assert f"--resume --run {tmp_path / 'x'}" in said
     assert checkpoint_of(tmp_path / "x")["step"] == step
     monkeypatch.undo()
     call(train.main, "--resume", "--run", tmp_path / "x")
@@ -186,14 +187,17 @@ def nan_gradient(model, loss):
 def test_nan_stops_the_run_and_the_checkpoint_is_kept(broken, tmp_path, monkeypatch):
     break_loss(monkeypatch, 8, broken)  # an evaluation would follow
     said = complaint(train.main, "--run", tmp_path / "x", *TINY)
-    assert "step 8" in said and "nan" in said and "\n" not in said
+    assert "step 8" in said and "nan" in said
+    assert "\n" not in said
     checkpoint = checkpoint_of(tmp_path / "x")
-    assert checkpoint["step"] == 4 and flat(checkpoint["model"]).isfinite().all()
+    assert checkpoint["step"] == 4
+    assert flat(checkpoint["model"]).isfinite().all()
 
 def test_a_vae_that_diverges_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(VAE, "loss", lambda vae, pictures: torch.tensor(float("inf")))
     said = complaint(train.main, "--run", tmp_path / "x", *TINY)
-    assert "VAE" in said and "step 1" in said and "\n" not in said
+    assert "VAE" in said and "step 1" in said
+    assert "\n" not in said
 
 def test_errors_of_the_code_keep_their_traceback(tmp_path, monkeypatch):
     def raise_error(model, loss):
@@ -207,7 +211,7 @@ def test_errors_of_the_code_keep_their_traceback(tmp_path, monkeypatch):
 
 def test_accumulate_averages_the_gradients_of_the_parts(tmp_path, monkeypatch):
     sizes, gradients = [], []
-    factors = iter([1e-6, 3e-6])  # so small that the gradient is not clipped
+    factors = iter([1e-6, 3e-6] * 2)  # so small that no gradient is clipped
 
     def loss(model, documents):
         sizes.append(len(documents))
@@ -221,9 +225,9 @@ def test_accumulate_averages_the_gradients_of_the_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(Transfusion, "loss", loss)
     options = ["--vae-steps", 0, "--accumulate", 2, "--run", tmp_path / "x"]
     hook = register_optimizer_step_pre_hook(look)
-    call(train.main, *QUICK, 1, *options)
+    call(train.main, *QUICK, 2, *options)
     hook.remove()
-    assert sizes == [4, 4]
+    assert sizes == [4] * 4
     gradients = torch.cat(gradients)
     torch.testing.assert_close(gradients * 1e6, torch.full_like(gradients, 2.0))
 
@@ -288,13 +292,14 @@ def test_what_is_not_the_output_of_a_run_is_left_alone(tmp_path):
     ("--resume --task edit", "no checkpoint at runs/edit/ckpt.pt"),
     ("--eval-only --model chameleon", "no checkpoint at runs/chameleon/ckpt.pt"),
     ("--init nowhere", "no checkpoint at nowhere/ckpt.pt"),
-    ("--data nowhere", "nowhere"),
     ("--device tpu9", "tpu9"),
     ("--image-size 64", "64"),
     ("--dim 101", "dim"),
     ("--steps 0", "at least 1"),
     ("--caption-first nan", "caption_first"),
     ("--batch-size 8 --accumulate 3", "divided"),
+    ("--task folder", "--data"),
+    ("--data somewhere --task text", "--data"),
 ])
 def test_wrong_options_give_one_sentence(options, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
