@@ -228,6 +228,7 @@ def main(argv=None):
             write_progress(directory, history, drawings)
             shown = {k: v for k, v in history[-1].items() if k.startswith(SHOWN)}
             tqdm.write(f"step {step + 1}  " + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
+            sys.stdout.flush()
         if rank == 0 and (is_evaluation or interrupted):
             checkpoint = settings | {
                 "words": words, "step": step + 1, "history": history, "drawings": drawings,
