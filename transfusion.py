@@ -106,6 +106,8 @@ class Config:
     def __post_init__(self):
         if min(self.dim, self.n_layers, self.n_heads, self.patch_size, self.latent_channels) < 1:
             raise ValueError("dim, n_layers, n_heads and the sizes must be at least 1")
+        if not 0 < self.t_power < math.inf or not 0 <= self.noise_cap <= 1:
+            raise ValueError("t_power must be more than 0, and noise_cap from 0 to 1")
         self.grid = self.latent_size // self.patch_size  # patches per side of an image
         self.n_patches = self.grid**2
         self.latent_shape = (self.latent_channels, self.latent_size, self.latent_size)

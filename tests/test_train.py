@@ -296,6 +296,8 @@ def test_what_is_not_the_output_of_a_run_is_left_alone(tmp_path):
     ("--image-size 64", "64"),
     ("--dim 101", "dim"),
     ("--steps 0", "at least 1"),
+    ("--t-power 0", "t_power"),
+    ("--noise-cap 1.5", "noise_cap"),
     ("--caption-first nan", "caption_first"),
     ("--batch-size 8 --accumulate 3", "divided"),
     ("--task folder", "--data"),
