@@ -9,6 +9,7 @@ A prompt is text in which <file.png> stands for a picture. Several prompts run a
 model continues each of them, and switches from text to diffusion by itself, when it predicts BOI.
 """
 
+import math
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -39,8 +40,12 @@ def parse_options(argv):
     add("--seed", type=int, default=0, help="random seed of the noise and the text [%(default)s]")
     add("--device", default="auto", help="cpu, cuda or mps; auto is cuda or cpu [%(default)s]")
     args = parser.parse_args(argv)
-    if args.steps < 1 or not 0 <= args.eta <= 1 or (args.temperature or 0) < 0:
-        parser.error("--steps must be at least 1, --eta from 0 to 1, --temperature at least 0")
+    if args.steps < 1 or args.max_images < 0 or not 0 <= args.eta <= 1:
+        parser.error("--steps must be at least 1, --max-images at least 0, --eta from 0 to 1")
+    if not 0 <= (args.temperature or 0) < math.inf or not math.isfinite(args.guidance_scale or 0):
+        parser.error("--temperature must be at least 0, and --guidance-scale a number")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out must be a directory, but {args.out} is a file")
     if args.temperature is None:
         args.temperature = 0.0 if args.prompts else 1.0
     return args

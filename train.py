@@ -473,6 +473,7 @@ def prepare_directory(directory, mode, settings):
         sys.exit(f"{directory} is not the output of an earlier run. Choose another with --run.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / "metrics.json").unlink(missing_ok=True)  # scores of an earlier step
         (directory / "run.json").write_text(json.dumps(settings, indent=1))
     except OSError as error:
         sys.exit(f"Cannot write to {directory}: {error}.")

@@ -104,7 +104,8 @@ class Config:
     vae_dim: int = 24  # channels of the VAE at half the resolution of the picture
 
     def __post_init__(self):
-        if min(self.dim, self.n_layers, self.n_heads, self.patch_size, self.latent_channels) < 1:
+        sizes = self.dim, self.n_layers, self.n_heads, self.patch_size, self.latent_channels
+        if min(*sizes, self.vae_dim) < 1:
             raise ValueError("dim, n_layers, n_heads and the sizes must be at least 1")
         if not 0 < self.t_power < math.inf or not 0 <= self.noise_cap <= 1:
             raise ValueError("t_power must be more than 0, and noise_cap from 0 to 1")
