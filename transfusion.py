@@ -792,7 +792,8 @@ class Chameleon(Llama):
     def logits(self, documents):
         """Documents -> their tokens (B, T) and next-token logits (B, T, V), for text and codes."""
         tokens, _ = pack(documents, self.cfg, self.device)
-        x = self.transformer(self.embed(tokens), attention_mask(tokens))  # causal: no PATCH
+        mask = attention_mask(tokens, bidirectional=False)
+        x = self.transformer(self.embed(tokens), mask)
         return tokens, self.lm_head(x)
 
     def loss(self, documents, z_weight=1e-5):

@@ -206,7 +206,8 @@ def validate(trained, task):
 
 def write_progress(directory, history, drawings):
     """Write log.csv and progress.png, with one row per validation."""
-    rows = [history[0].keys()] + [[f"{value:.6g}" for value in row.values()] for row in history]
+    names = list(history[-1])
+    rows = [names] + [[f"{row.get(name, math.nan):.6g}" for name in names] for row in history]
     (directory / "log.csv").write_text("".join(",".join(row) + "\n" for row in rows))
     if drawings:
         rows = [plots.row_of(pictures.numpy()) for pictures in drawings]
