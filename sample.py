@@ -104,8 +104,10 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     documents = generate(
-        model, encode(prompts, tokenizer, vae), args.max_tokens, args.max_images,
-        args.steps, args.guidance_scale, args.eta, args.temperature, show,
+        model, encode(prompts, tokenizer, vae),
+        max_tokens=args.max_tokens, max_images=args.max_images,
+        steps=args.steps, guidance_scale=args.guidance_scale, eta=args.eta,
+        temperature=args.temperature, show=show,
     )
     bar.close()
     for document in documents:

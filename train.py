@@ -18,6 +18,7 @@ To add an option, add a field to Config or to Run. To add a part of the loss, re
 in transfusion.py: it is logged by its name. To add a task or a score, see data/tasks.py.
 """
 
+import atexit
 import copy
 import inspect
 import io
@@ -216,7 +217,7 @@ def main(argv=None):
         update_average(averaged, model, step)
 
         # Log, evaluate, save: all in the first process. The last step is always an evaluation.
-        losses.append({f"loss_{name}": part.item() for name, part in parts.items()})
+        losses.append({f"loss_{name}": torch.as_tensor(part).item() for name, part in parts.items()})
         bar.set_postfix({name: f"{value:.3f}" for name, value in losses[-1].items()})
         is_evaluation = (step + 1) % run.eval_every == 0 or step + 1 == run.steps
         if rank == 0 and is_evaluation:
@@ -397,6 +398,7 @@ def start_processes(name):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
     if dist.get_rank() > 0:
         sys.stdout = io.StringIO()  # only the first process reports
     return device, dist.get_rank(), dist.get_world_size()

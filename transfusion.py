@@ -116,6 +116,8 @@ class Config:
             raise ValueError(f"dim ({self.dim}) must be a multiple of 2 * n_heads")
         if self.grid * self.patch_size != self.latent_size:
             raise ValueError(f"patch_size ({self.patch_size}) must divide latent_size")
+        if self.patch_encoder == "unet" and self.patch_size not in (1, 2, 4, 8, 16):
+            raise ValueError(f"patch_size ({self.patch_size}) must be a power of 2 for a U-Net")
         if self.image_size not in [self.latent_size * 2**n for n in range(1, 9)]:
             raise ValueError(f"image_size ({self.image_size}) must be latent_size * 2, 4, 8, ...")
 
@@ -171,6 +173,14 @@ def attention_mask(tokens, bidirectional=True):
 
 # ---- Diffusion -----------------------------------------------------------------------------------
 
+def noise_levels(u, cfg):
+    """Numbers u from 0 to 1 -> noise levels t: a random u for training, even steps for sampling.
+
+    NOT STATED: the distribution of t. DDPM's is uniform, as here with t_power = 1. With 3, half of
+    the levels are above 0.79.
+    """
+    return u ** (1 / cfg.t_power)
+
 def alpha_bar(t):
     """The share of the variance of x_t that is signal: noise levels t (M,) -> (M, 1, 1, 1).
 
@@ -219,7 +229,7 @@ def p_sample(xt, x0, t, t_next, eta):
     eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()
     sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)).sqrt()
     kept = (1 - ab_next - sigma**2).clamp(min=0).sqrt()  # the clamp is for rounding errors
-    return ab_next.sqrt() * x0 + kept * eps + sigma * torch.randn_like(xt)
+    return ab_next.sqrt() * x0 + kept * eps + sigma * torch.randn(xt.shape, device=xt.device)
 
 def guide(conditional, unconditional, guidance_scale):
     """Classifier-free guidance: move the prediction away from the one made without the text.
@@ -266,8 +276,8 @@ class Attention(nn.Module):
             w(x).unflatten(2, (self.n_heads, -1)).transpose(1, 2)  # (B, heads, T, head_dim)
             for w in (self.wq, self.wk, self.wv)
         ]
-        q = rope(self.q_norm(q))
-        k = rope(self.k_norm(k))
+        q = rope(self.q_norm(q.type_as(x)))  # under autocast, q and k are bf16
+        k = rope(self.k_norm(k.type_as(x)))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.wo(x.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -419,9 +429,7 @@ class Transfusion(Llama):
         cfg = self.cfg
         tokens, x0 = pack(documents, cfg, self.device)
 
-        # The noise level of each image. NOT STATED: its distribution. DDPM's is uniform, as here
-        # with t_power = 1. With 3, half of the levels are above 0.79.
-        t = torch.rand(len(x0), device=self.device) ** (1 / cfg.t_power)  # (M,)
+        t = noise_levels(torch.rand(len(x0), device=self.device), cfg)  # (M,), one for each image
         # The noise cap (table 8), for an image that is first in its document (its BOI is in column
         # 1) and not last (the token after its EOI is not EOS).
         row, column = (tokens == BOI).nonzero(as_tuple=True)
@@ -476,7 +484,7 @@ class Transfusion(Llama):
         both = documents + without_text(documents)  # for guidance
         xt = torch.randn(len(documents), *self.cfg.latent_shape, device=self.device)
         # NOT STATED: the noise levels of the steps. Here they are spaced like those of training.
-        times = torch.linspace(1, 0, steps + 1, device=self.device) ** (1 / self.cfg.t_power)
+        times = noise_levels(torch.linspace(1, 0, steps + 1, device=self.device), self.cfg)
         for t, t_next in pairwise(times.split(1)):
             conditional, unconditional = self.predict_x0(both, torch.cat([xt, xt]), t).chunk(2)
             x0 = guide(conditional, unconditional, guidance_scale)

@@ -21,7 +21,7 @@ COLOURS = {
     "red": (225, 45, 45), "yellow": (245, 205, 40), "green": (45, 165, 75), "cyan": (60, 200, 220),
     "blue": (45, 80, 225), "purple": (150, 60, 190), "black": (35, 35, 35),
 }
-EDGE = 12  # pixels per side of a shape
+EDGE = 12  # pixels per side of a shape; 9 leaves room for three things in a row
 
 # A shape is drawn in the unit square, as a list of (Pillow method, coordinates, ink). Ink 1 adds to
 # the shape, and 0 cuts out of it.

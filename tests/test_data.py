@@ -296,8 +296,8 @@ def test_drawings_belong_to_their_prompts(untrained, monkeypatch):
     drawn = untrained.draw([[PICTURES[0], "a"]] * 2)
     first, second, _ = untrained.reconstruct(PICTURES)
     assert not drawn[0].any()
-    assert (drawn[1] == second).all()
-    assert (first != second).any()
+    assert np.allclose(drawn[1], second, atol=1)  # the size of a batch may change the rounding
+    assert not np.allclose(drawn[1], first, atol=1)
 
 @pytest.mark.parametrize("untrained", ["transfusion"], indirect=True)
 def test_diffusion_loss_belongs_to_its_pair(untrained):
