@@ -217,7 +217,7 @@ def main(argv=None):
         update_average(averaged, model, step)
 
         # Log, evaluate, save: all in the first process. The last step is always an evaluation.
-        losses.append({f"loss_{name}": torch.as_tensor(part).item() for name, part in parts.items()})
+        losses.append({f"loss_{k}": torch.as_tensor(part).item() for k, part in parts.items()})
         bar.set_postfix({name: f"{value:.3f}" for name, value in losses[-1].items()})
         is_evaluation = (step + 1) % run.eval_every == 0 or step + 1 == run.steps
         if rank == 0 and is_evaluation:

@@ -171,13 +171,13 @@ class Text(Shapes):
 class Edit(Shapes):
     """Picture, instruction, edited picture; and enough other documents that little is forgotten."""
 
-    edits = 0.5
-    # The picture to edit is nearly clean, as it is clean in sampling. Enough documents begin with a
-    # picture and its caption that a picture alone is still captioned. The LM loss of instructions,
-    # which cannot be predicted, would otherwise outweigh the diffusion loss.
+    edits = 0.45
+    # The picture to edit is not very noisy, as it is clean in sampling. Enough documents begin with
+    # a picture and its caption that a picture alone is still captioned. The LM loss of
+    # instructions, which cannot be predicted, would otherwise outweigh the diffusion loss.
     defaults = {
-        "documents": 16384, "caption_first": 0.3, "steps": 2800, "optimizer": "adamw",
-        "lr": 1.5e-3, "eval_every": 700, "t_power": 4.0, "noise_cap": 0.1, "lambda_ddpm": 20.0,
+        "documents": 16384, "caption_first": 0.3, "steps": 5000, "optimizer": "adamw",
+        "lr": 1.5e-3, "eval_every": 1000, "t_power": 4.0, "noise_cap": 0.3, "lambda_ddpm": 20.0,
     }
 
     def document(self, rng):
