@@ -10,6 +10,7 @@ model continues each of them, and switches from text to diffusion by itself, whe
 """
 
 import math
+import os
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -18,10 +19,11 @@ from itertools import count, groupby
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from data import plots
-from data.folder import load_picture
+from data.folder import caption_words, clean, load_picture
 from train import build, build_models, is_trained, load_checkpoint, start_processes
 from transfusion import Config, encode, generate
 
@@ -52,13 +54,19 @@ def parse_options(argv):
 
 def parse_prompt(prompt, image_size):
     """Split "some text <a.png> more text" into ["some text", picture, "more text"]."""
-    document = []
-    for i, piece in enumerate(re.split(r"<([^<>]+)>", prompt)):
-        if i % 2 == 1:  # the text between < and >
-            document.append(load_picture(piece, image_size))
-        elif piece.strip():
-            document.append(piece.strip())
-    return document
+    document, text = [], ""
+    for i, piece in enumerate(re.split(r"(<[^<>]+>)", prompt)):
+        file = os.path.expanduser(piece[1:-1].strip())
+        if i % 2 == 1 and is_picture(file):
+            document += [clean(text), load_picture(file, image_size)]
+            text = ""
+        else:
+            text += piece
+    return [part for part in [*document, clean(text)] if not isinstance(part, str) or part]
+
+def is_picture(file):
+    suffix = os.path.splitext(file)[1].lower()
+    return os.path.isfile(file) or suffix in Image.registered_extensions()
 
 def as_text(document, tokenizer):
     """A document of tokens and images as one line."""
@@ -91,6 +99,10 @@ def main(argv=None):
         prompts = [parse_prompt(prompt, cfg.image_size) for prompt in args.prompts or [""]]
     except ValueError as error:
         sys.exit(str(error))
+    texts = [part for prompt in prompts for part in prompt if isinstance(part, str)]
+    unknown = {word for text in texts for word in caption_words(text)} - set(checkpoint["words"])
+    if unknown:
+        print(f"The model may not know: {', '.join(sorted(unknown))}")
     if not is_trained(vae) and any(not isinstance(part, str) for p in prompts for part in p):
         sys.exit(f"{args.run} was trained on text alone, so a prompt cannot have pictures.")
 

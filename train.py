@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data.evaluate import Trained, validate, write_progress, write_scores
+from data.evaluate import Trained, best_row, validate, write_progress, write_scores
 from data.tasks import TASKS
 from transfusion import (
     PAD,
@@ -69,13 +69,13 @@ class Run:
     caption_first: float = 0.5  # share of pairs with the caption before the picture (paper: 0.8)
     unconditional_share: float = 0.1  # share of documents whose text before a picture is removed
     vae_steps: int = 1500  # training steps of the VAE, with 16 pictures each
-    steps: int = 3300  # training steps of the model
+    steps: int = 0  # training steps of the model; 0: as many as the task needs
     batch_size: int = 32  # documents per step, across all processes
     accumulate: int = 1  # parts in which each process computes its batch, to save memory
     # DEVIATION: the paper uses AdamW throughout (--optimizer adamw --lr 2e-3).
     optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices of the transformer
     lr: float = 4e-3  # peak learning rate
-    eval_every: int = 550  # steps between evaluations, each of which writes a checkpoint
+    eval_every: int = 0  # steps between evaluations, which write a checkpoint; 0: a sixth of steps
     eval_n: int = 512  # examples per score in the final table
     eval_split: Literal["test", "val"] = "test"  # test for final results, val to choose settings
     sample_steps: int = 25  # denoising steps in evaluations (paper: 250)
@@ -83,8 +83,8 @@ class Run:
     guidance_scale: float = 2.0  # classifier-free guidance in evaluations; 1 turns it off
 
     def __post_init__(self):
-        numbers = self.documents, self.steps, self.batch_size, self.accumulate, self.eval_every
-        if min(*numbers, self.sample_steps) < 1 or self.eval_n < 2:
+        numbers = self.documents, self.batch_size, self.accumulate, self.sample_steps
+        if min(numbers) < 1 or min(self.steps, self.eval_every) < 0 or self.eval_n < 2:
             raise ValueError("numbers of documents and steps must be at least 1, and eval_n 2")
         if not 0 <= self.seed < 10**9:
             raise ValueError(f"seed must be at least 0 and less than a billion, not {self.seed}")
@@ -182,8 +182,11 @@ def main(argv=None):
     model = copy.deepcopy(averaged).requires_grad_(True)
     optimizers = make_optimizers(model, run)
     first_step, history, drawings = 0, [], []
+    best = averaged.state_dict()  # the average at the best evaluation so far
     if mode == "resume":
-        load_states([model, *optimizers], [checkpoint["model"], *checkpoint["optimizers"]])
+        states = [checkpoint["model"], checkpoint["ema"], *checkpoint["optimizers"]]
+        best = copy.deepcopy(best)
+        load_states([model, averaged, *optimizers], states)
         first_step, history = checkpoint["step"], checkpoint["history"]
         drawings = checkpoint["drawings"]
         start_time -= 60 * checkpoint["minutes"]  # so that earlier minutes count
@@ -226,6 +229,8 @@ def main(argv=None):
             history.append({"step": step + 1} | means | scores)
             drawings += pictures
             losses = []
+            if best_row(history) is history[-1]:
+                best = copy.deepcopy(averaged.state_dict())
             write_progress(directory, history, drawings)
             shown = {k: v for k, v in history[-1].items() if k.startswith(SHOWN)}
             tqdm.write(f"step {step + 1}  " + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
@@ -236,6 +241,7 @@ def main(argv=None):
                 "minutes": (time.time() - start_time) / 60,
                 "flops": flops_per_document(model, documents) * run.batch_size * (step + 1),
                 "vae": vae.state_dict(), "model": model.state_dict(), "ema": averaged.state_dict(),
+                "best": best,
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
             save_checkpoint(checkpoint, directory / "ckpt.pt")
@@ -243,6 +249,7 @@ def main(argv=None):
             again = shlex.join(["python", "train.py", "--resume", "--run", str(directory)])
             sys.exit(f"Stopped after step {step + 1}. To go on: {again}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    averaged.load_state_dict(best)
     if rank == 0:
         write_scores(trained, task, directory, checkpoint)
 
@@ -385,6 +392,9 @@ def make_optimizers(model, run, weight_decay=0.1):
 
 def start_processes(name):
     """Returns the device, the rank of this process, and the number of processes."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not in notebooks
+            stream.reconfigure(errors="replace")  # printing never stops a run
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -410,20 +420,24 @@ def progress_bar(steps, description):
     return tqdm(steps, description, steps.stop, initial=steps.start, disable=disable)
 
 def build_task(run, cfg):
+    """The task, which also decides about the number of steps, if that is 0."""
     try:
-        return TASKS[run.task](run, cfg.image_size)
+        task = TASKS[run.task](run, cfg.image_size)
     except ValueError as error:  # it cannot use these options, or this folder
         sys.exit(str(error))
+    run.steps = run.steps or task.steps
+    run.eval_every = run.eval_every or math.ceil(run.steps / 6)
+    return task
 
 def build_models(cfg, words, device, checkpoint=None):
-    """Returns tokenizer, model and VAE, with the averaged weights of a checkpoint if given."""
+    """Returns tokenizer, model and VAE, with the best averaged weights of a checkpoint if given."""
     tokenizer = Tokenizer(words)
     if cfg.model == "chameleon":
         model, vae = Chameleon(cfg, len(tokenizer)), QuantisedVAE(cfg, len(tokenizer))
     else:
         model, vae = Transfusion(cfg, len(tokenizer)), VAE(cfg)
     if checkpoint:
-        load_states([model, vae], [checkpoint["ema"], checkpoint["vae"]])
+        load_states([model, vae], [checkpoint["best"], checkpoint["vae"]])
     model.to(device).requires_grad_(False)
     return tokenizer, model, vae.to(device).requires_grad_(False).eval()
 
@@ -441,7 +455,7 @@ def load_checkpoint(directory):
         sys.exit(f"There is no checkpoint at {path}: train a model first (python train.py).")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = [key for key in ("cfg", "run", "words", "vae", "ema") if key not in checkpoint]
+        missing = [key for key in ("cfg", "run", "words", "vae", "best") if key not in checkpoint]
     except Exception as error:  # torch.load raises many kinds
         reason = f"{type(error).__name__} {error}".partition("\n")[0]
         sys.exit(f"{path} is not a checkpoint: {reason}")
@@ -453,6 +467,11 @@ def save_checkpoint(checkpoint, path):
     """Write to another file first, so that an interruption never leaves half a checkpoint."""
     temporary = path.with_name("writing-" + path.name)
     torch.save(checkpoint, temporary)
+    for seconds in (1, 2, 4):  # on Windows, another program may have the file open
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            time.sleep(seconds)
     os.replace(temporary, path)
 
 def default_directory(name, options):

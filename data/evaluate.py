@@ -24,6 +24,7 @@ from transfusion import (
     attention_mask,
     encode,
     generate,
+    next_logits,
     next_tokens,
     pack,
     q_sample,
@@ -65,6 +66,18 @@ class Trained:
             if len(images) > len(given):
                 pictures[i] = self.vae.decode(images[-1][None])[0].cpu().numpy()
         return pictures
+
+    @torch.no_grad()
+    def draw_anyway(self, prompts):
+        """A picture after each prompt, and the share of them where the model chooses to draw."""
+        run, pictures, chosen = self.run, [], []
+        for part in self.encode_in_parts(prompts):
+            chosen += (next_logits(self.model, part).argmax(-1) == BOI).tolist()
+            images = self.model.draw(
+                part, run.sample_steps, run.guidance_scale, run.eta, show=lambda *_: None
+            )
+            pictures.append(self.vae.decode(images).cpu().numpy())
+        return np.concatenate(pictures), float(np.mean(chosen))
 
     def reconstruct(self, pictures):
         """The pictures after the VAE's encoder and decoder."""
@@ -138,16 +151,20 @@ def score_matching(trained, captions, pictures, seed, n_choices=8):
 
     caption_match: is a caption the likeliest after its own picture, among 8? draw_match: does a
     picture have the smallest diffusion loss after its own caption, among 8? The other 7 are chosen
-    at random from pairs with other captions.
+    at random from pairs with another caption and another picture.
     """
     rng = random.Random(seed)
-    n_choices = min(n_choices, len(set(captions)))
+    others = []  # for each pair, the indices of pairs with other captions and other pictures
+    for caption, picture in zip(captions, pictures):
+        by_caption = {
+            other: j for j, other in enumerate(captions)
+            if other != caption and (pictures[j] != picture).any()
+        }
+        others.append(sorted(by_caption.values()))
+    n_choices = min(n_choices, 1 + min(map(len, others)))
     if n_choices < 2:
         return {}
-    choices = []  # for each pair, the indices of n_choices pairs, its own first
-    for i, caption in enumerate(captions):
-        by_caption = {other: j for j, other in enumerate(captions) if other != caption}
-        choices.append([i, *rng.sample(sorted(by_caption.values()), n_choices - 1)])
+    choices = [[i, *rng.sample(row, n_choices - 1)] for i, row in enumerate(others)]
     own = [i for i, row in enumerate(choices) for _ in row]
     other = [j for row in choices for j in row]
 
@@ -208,10 +225,22 @@ def write_progress(directory, history, drawings):
     """Write log.csv and progress.png, with one row per validation."""
     names = list(history[-1])
     rows = [names] + [[f"{row.get(name, math.nan):.6g}" for name in names] for row in history]
-    (directory / "log.csv").write_text("".join(",".join(row) + "\n" for row in rows))
+    text = "".join(",".join(row) + "\n" for row in rows)
+    try_to_write(directory / "log.csv", lambda path: path.write_text(text))
     if drawings:
         rows = [plots.row_of(pictures.numpy()) for pictures in drawings]
-        plots.arrange(rows, columns=1, gap=0).save(directory / "progress.png")
+        try_to_write(directory / "progress.png", plots.arrange(rows, columns=1, gap=0).save)
+
+def try_to_write(path, write):
+    """A warning is enough where a file is open in another program, as can happen on Windows."""
+    try:
+        write(path)
+    except OSError as error:
+        print(f"Warning: {path} could not be written: {error}")
+
+def best_row(history):
+    """The evaluation with the lowest held-out loss, or the last, for tasks without this score."""
+    return min(reversed(history), key=lambda row: row.get("held_out_loss", 0))
 
 def draw_figure(report, model, tokenizer):
     """The attention mask of a short document, and drawings with their prompts."""
@@ -220,7 +249,8 @@ def draw_figure(report, model, tokenizer):
     image = torch.zeros(cfg.latent_shape)
     if cfg.model == "chameleon":
         image = torch.full((4,), model.n_text)
-    tokens, _ = pack([[*tokenizer.encode("a red circle."), image]], cfg, "cpu")
+    text = report.prompts[0] if report.prompts else "a red circle."
+    tokens, _ = pack([[*tokenizer.encode(text)[:8], image]], cfg, "cpu")
     special = {BOS: "BOS", EOI: "EOI", PATCH: "patch", BOI: "BOI", EOS: "EOS", model.n_text: "code"}
     names = [special.get(token) or tokenizer.decode([token]) for token in tokens[0].tolist()]
     mask = attention_mask(tokens, cfg.bidirectional)[0, 0]
@@ -237,10 +267,12 @@ def write_scores(trained, task, directory, checkpoint):
     report = task.evaluate(trained, run.eval_split, run.eval_n, run.seed + 1)
     split = "held-out" if run.eval_split == "test" else "validation"
     print(f"\n{report.n} {split} examples, seed {run.seed}, guidance {run.guidance_scale:g}, "
-          f"{run.sample_steps} denoising steps, eta {run.eta:g}")
+          f"{run.sample_steps} denoising steps, eta {run.eta:g}, "
+          f"weights of step {best_row(checkpoint['history'])['step']}")
     for name, (value, beside) in report.scores.items():
         print(f"{name:14} {value:8.4f}   {beside}")
-    draw_figure(report, trained.model, trained.tokenizer).save(directory / "figure.png")
+    figure = draw_figure(report, trained.model, trained.tokenizer)
+    try_to_write(directory / "figure.png", figure.save)
     metrics = {name: checkpoint[name] for name in ("command", "step", "minutes", "flops")} | {
         "scoring_minutes": (time.time() - start_time) / 60,
         "machine": f"{trained.model.device}, {os.cpu_count()} cores, torch {torch.__version__}",

@@ -4,6 +4,7 @@ A picture is uint8 (H, W, 3). Functions return a Pillow image.
 """
 
 import textwrap
+from contextlib import suppress
 from itertools import cycle
 
 import numpy as np
@@ -28,6 +29,21 @@ def arrange(images, columns, gap=4):
             grid.paste(image, (sum(widths[:j]), sum(heights[:i])))
     return grid
 
+# Of the common systems. Pillow's own font has only the letters of English.
+FONTS = "DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arial.ttf", "msyh.ttc"
+
+def find_font(text, size):
+    """Pillow's own font, or one of this machine if it has characters that Pillow's does not."""
+    fonts = [ImageFont.load_default(size)]
+    for name in FONTS:
+        with suppress(OSError):
+            fonts.append(ImageFont.truetype(name, size))
+    boxes = [bytes(font.getmask("\uffff")) for font in fonts]  # what a font draws if it lacks it
+    for font, box in zip(fonts, boxes):
+        if all(bytes(font.getmask(c)) != box for c in text if not c.isspace()):
+            return font
+    return fonts[0]
+
 def row_of(pictures):
     """Pictures side by side."""
     return arrange([enlarge(picture) for picture in pictures], len(pictures))
@@ -36,7 +52,7 @@ def titled(image, title, height=24, colour=BLACK, size=16):
     """A Pillow image below a title."""
     whole = Image.new("RGB", (image.width, image.height + height), "white")
     whole.paste(image, (0, height))
-    ImageDraw.Draw(whole).text((4, 2), title, colour, ImageFont.load_default(size))
+    ImageDraw.Draw(whole).text((4, 2), title, colour, find_font(title, size))
     return whole
 
 def captioned_grid(pictures, captions, correct, columns=6):

@@ -55,6 +55,7 @@ class Shapes:
 
     words = shapes.WORDS
     defaults = {}  # options of train.py whose defaults differ for this task
+    steps = 3300  # of training, unless --steps says otherwise
     text_only = 0.1  # share of the documents that are text alone
     edits = 0.0  # share of the documents that are edits
     single = 0.2  # share of the captioned pictures that show a single thing
@@ -176,9 +177,10 @@ class Edit(Shapes):
     # a picture and its caption that a picture alone is still captioned. The LM loss of
     # instructions, which cannot be predicted, would otherwise outweigh the diffusion loss.
     defaults = {
-        "documents": 16384, "caption_first": 0.3, "steps": 5000, "optimizer": "adamw",
-        "lr": 1.5e-3, "eval_every": 1000, "t_power": 4.0, "noise_cap": 0.3, "lambda_ddpm": 20.0,
+        "documents": 16384, "caption_first": 0.3, "optimizer": "adamw", "lr": 1.5e-3,
+        "t_power": 4.0, "noise_cap": 0.3, "lambda_ddpm": 20.0,
     }
+    steps = 5000
 
     def document(self, rng):
         if rng.random() >= self.edits:
@@ -217,6 +219,7 @@ class Folder:
     """
 
     defaults = {}
+    passes = 60  # how often each picture is seen; the more, the more is learned by heart
 
     def __init__(self, run, image_size):
         if not run.data:
@@ -226,6 +229,7 @@ class Folder:
         for pairs in (self.train, self.held_out):  # a folder is sorted, perhaps by content
             random.Random(0).shuffle(pairs)
         self.words = frequent_words([caption for caption, _ in self.train])
+        self.steps = math.ceil(self.passes * len(self.train) / run.batch_size)
 
     def documents(self, n, seed):
         """n documents, but at most 4 per picture."""
@@ -245,17 +249,29 @@ class Folder:
 
     def evaluate(self, trained, split, n, seed):
         captions, pictures = zip(*self.held_out[:n])
-        pictures, pairs = np.stack(pictures), list(zip(pictures, captions))
+        prompts, pairs = [[c] for c in captions], [list(pair) for pair in zip(pictures, captions)]
+        pictures = np.stack(pictures)
         others = random.Random(seed).choices(self.train, k=len(captions))
         others = np.stack([picture for _, picture in others])
-        again, drawn = trained.reconstruct(pictures), trained.draw([[text] for text in captions])
-        before, _ = perplexity(trained, [[text] for text in captions], BOI)
-        after, _ = perplexity(trained, [list(pair) for pair in pairs])
-        scores = score_matching(trained, captions, pictures, seed) | {
+        again = trained.reconstruct(pictures)
+        drawn, would_draw = trained.draw_anyway(prompts)
+
+        log_p, n_tokens = trained.log_likelihood(prompts, BOI)
+        log_p -= math.log(self.caption_first * (1 - self.unconditional_share))  # given a caption
+        before = math.exp(min(-log_p.sum() / n_tokens.sum(), 100))
+        after, _ = perplexity(trained, pairs)
+        scores = score_matching(trained, captions, pictures, seed)
+        loss = math.log(after)
+        if "diffusion_loss" in scores:
+            loss += trained.model.cfg.lambda_ddpm * scores["diffusion_loss"][0]
+        scores |= {
+            "held_out_loss": (loss, "captions after their picture, and pictures after theirs"),
             "caption_ppl": (before, f"{after:.4f}: captions after their picture"),
             "vae_psnr": (psnr(again, pictures), "dB"),
             "frechet": score_frechet(drawn, pictures, others, again),
+            "would_draw": (would_draw, "share of captions after which the model chooses to draw"),
         }
-        return Report(len(captions), scores, drawn, captions, [True] * len(captions))
+        both = np.concatenate([pictures, drawn], axis=2)  # the true picture beside its drawing
+        return Report(len(captions), scores, both, captions, [True] * len(captions))
 
 TASKS = {"shapes": Shapes, "text": Text, "edit": Edit, "folder": Folder}

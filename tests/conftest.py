@@ -28,11 +28,12 @@ def as_options(settings):
 SMALL = as_options(SMALL_RUN)
 TINY = as_options(SMALL_MODEL | SMALL_RUN)  # a whole run of train.py takes some 3 seconds
 
-def start(script, *options):
+def start(script, *options, **environment):
     """A script in a process of its own."""
     command = [sys.executable, str(ROOT / script), *map(str, options)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    return subprocess.Popen(command, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(command, text=True, env=environment, **pipes)
 
 def call(main, *options):
     """main() in this process, which is faster. Returns what it prints."""

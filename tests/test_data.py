@@ -139,7 +139,7 @@ def test_the_same_seed_gives_the_same_data_in_another_process():
 @pytest.mark.parametrize("kind, numbers", [
     (Shapes, {"t": 3000, "pt": 10800, "tp": 8100, "p": 8100}),
     (MoreText, {"t": 9000, "pt": 8400, "tp": 6300, "p": 6300}),
-    (Edit, {"t": 1500, "pt": 5400, "tp": 4050, "p": 4050, "ptp": 7500, "pp": 7500}),
+    (Edit, {"t": 1650, "pt": 5940, "tp": 4455, "p": 4455, "ptp": 6750, "pp": 6750}),
     (Text, {"t": 30000}),
 ])
 def test_documents_and_entropy_follow_the_shares(kind, numbers):

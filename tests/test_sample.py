@@ -21,7 +21,7 @@ def changed(trained, tmp_path):
     """A function: the trained run with other matrices in its model and its VAE."""
     def get(change):
         checkpoint = checkpoint_of(trained[0])
-        for name, weight in (checkpoint["ema"] | checkpoint["vae"]).items():
+        for name, weight in (checkpoint["best"] | checkpoint["vae"]).items():
             if weight.dim() > 1:
                 change(name, weight)
         torch.save(checkpoint, tmp_path / "ckpt.pt")
@@ -66,6 +66,20 @@ def test_pictures_are_captioned_and_text_is_continued(changed, pictures):
     assert texts[3].startswith("left. [BOI] ")
     assert "[EOI] right" in texts[3]
     assert call(sample.main, *prompts, *options) == "".join(texts)
+
+def test_only_pictures_in_angle_brackets_are_pictures(pictures, monkeypatch):
+    """And prompts are cleaned like captions."""
+    monkeypatch.setenv("HOME", str(pictures[0].parent))
+    prompt = "\ufeffa photo\u00a0of <sks> dog\n, x < 3 and y > 2 < ~/red.png > again "
+    before, picture, after = sample.parse_prompt(prompt, 32)
+    assert before == "a photo of <sks> dog , x < 3 and y > 2"
+    assert (picture == (255, 0, 0)).all()
+    assert after == "again"
+
+def test_words_that_the_model_does_not_know_are_named(trained):
+    said = call(sample.main, "a red zebra.", "--run", trained[0], "--max-tokens", 1, "--steps", 1,
+                "--max-images", 0)
+    assert "not know: zebra\n" in said
 
 def test_the_seed_decides_what_is_made_of_nothing(trained):
     options = ["--run", trained[0], "--max-tokens", 20, "--max-images", 0, "--seed"]

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
-from data.tasks import TASKS
+from data.tasks import TASKS, Shapes
 from tests.conftest import (
     ROOT,
     SMALL,
@@ -159,6 +159,47 @@ def test_after_ctrl_c_the_run_goes_on_as_if_nothing_had_happened(
     call(train.main, "--resume", "--run", tmp_path / "x")
     assert_same_training(tmp_path / "x", trained[0])
 
+def test_the_best_weights_are_kept_where_a_task_has_a_held_out_loss(tmp_path, monkeypatch):
+    """The second of three evaluations is the best here. The fourth is the final table."""
+    losses, weights, evaluate = iter([3.0, 1.0, 2.0, 4.0]), [], Shapes.evaluate
+
+    def with_held_out_loss(self, trained, *args):
+        weights.append(flat(trained.model.state_dict()))
+        report = evaluate(self, trained, *args)
+        report.scores["held_out_loss"] = next(losses), ""
+        return report
+
+    monkeypatch.setattr(Shapes, "evaluate", with_held_out_loss)
+    assert "weights of step 8" in call(train.main, *TINY, "--run", tmp_path / "run")
+    assert weights[3].equal(weights[1])
+    assert not weights[3].equal(weights[2])
+    assert weights[1].equal(flat(checkpoint_of(tmp_path / "run")["best"]))
+
+def test_files_that_are_open_in_another_program_do_not_stop_a_run(tmp_path, monkeypatch):
+    run, replace, tries = tmp_path / "run", os.replace, count(1)
+
+    def fails_at_first(*paths):
+        if next(tries) == 1:
+            raise PermissionError("in use")
+        replace(*paths)
+
+    def cannot_save(self, path):
+        raise PermissionError("in use")
+
+    monkeypatch.setattr(os, "replace", fails_at_first)
+    monkeypatch.setattr(Image.Image, "save", cannot_save)
+    out = call(train.main, *TINY, "--run", run)
+    assert "progress.png could not be written: in use" in out
+    assert "figure.png could not be written: in use" in out
+    assert checkpoint_of(run)["step"] == 12
+
+def test_consoles_that_know_few_characters_do_not_stop_a_run(tmp_path):
+    process = start("train.py", "--run", tmp_path / "\U0001f600", *TINY, "--steps", 1,
+                    PYTHONIOENCODING="cp1252")
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+    assert "The results are in" in out
+
 def test_an_interrupted_write_leaves_the_checkpoint_before_it(trained, tmp_path, monkeypatch):
     save, writes = torch.save, count(1)
 
@@ -295,7 +336,7 @@ def test_what_is_not_the_output_of_a_run_is_left_alone(tmp_path):
     ("--device tpu9", "tpu9"),
     ("--image-size 64", "64"),
     ("--dim 101", "dim"),
-    ("--steps 0", "at least 1"),
+    ("--steps -1", "at least 1"),
     ("--t-power 0", "t_power"),
     ("--noise-cap 1.5", "noise_cap"),
     ("--caption-first nan", "caption_first"),
