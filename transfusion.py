@@ -88,12 +88,12 @@ class Config:
     model: Literal["transfusion", "chameleon"] = "transfusion"  # chameleon is the baseline
     dim: int = 96  # width of the transformer
     n_layers: int = 4  # number of transformer blocks
-    n_heads: int = 6  # attention heads per block
+    n_heads: int = 4  # attention heads per block
     # DEVIATION: the paper's Transfusion does not normalise queries and keys (--no-qk-norm).
     qk_norm: bool = True  # normalise queries and keys
     bidirectional: bool = True  # the patches of an image see each other; off: causal attention only
     target: Literal["eps", "x0", "v"] = "x0"  # what the model predicts from a noised image
-    t_power: float = 3.0  # t = u^(1 / t_power), u uniform: 1 is uniform, higher is noisier
+    t_power: float = 2.0  # t = u^(1 / t_power), u uniform: 1 is uniform, higher is noisier
     patch_encoder: Literal["linear", "unet"] = "linear"  # between latents and transformer
     lambda_ddpm: float = 5.0  # weight of the diffusion loss, as in the paper
     noise_cap: float = 0.5  # largest training t of a document's first image, if something follows
@@ -176,8 +176,8 @@ def attention_mask(tokens, bidirectional=True):
 def noise_levels(u, cfg):
     """Numbers u from 0 to 1 -> noise levels t: a random u for training, even steps for sampling.
 
-    NOT STATED: the distribution of t. DDPM's is uniform, as here with t_power = 1. With 3, half of
-    the levels are above 0.79.
+    NOT STATED: the distribution of t. DDPM's is uniform, as here with t_power = 1. With 2, half of
+    the levels are above 0.71.
     """
     return u ** (1 / cfg.t_power)
 
@@ -341,10 +341,13 @@ def init_weights(model):
     """GPT-2's initialisation: N(0, 0.02^2), smaller for the last matrix of a residual branch.
 
     This matters most in the patch encoder and decoder. With PyTorch's own initialisation there, a
-    model learns to draw and to caption clearly more slowly.
+    model learns to draw and to caption clearly more slowly. As in DiT, the first predictions of
+    images are zero.
     """
     for name, p in model.named_parameters():
-        if p.dim() > 1:
+        if name.startswith("patch_decoder.last"):
+            nn.init.zeros_(p)
+        elif p.dim() > 1:
             ends_branch = name.endswith(("wo.weight", "w2.weight"))
             n_branches = 2 * model.cfg.n_layers if ends_branch else 1
             nn.init.normal_(p, std=0.02 / math.sqrt(n_branches))
@@ -384,13 +387,13 @@ class LinearPatchDecoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.grid = cfg.grid
-        self.linear = nn.ConvTranspose2d(
+        self.last = nn.ConvTranspose2d(
             cfg.dim, cfg.latent_channels, cfg.patch_size, cfg.patch_size
         )
 
     def forward(self, x):
         x = x.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (M, D, grid, grid)
-        return self.linear(x)  # (M, C, H, W)
+        return self.last(x)  # (M, C, H, W)
 
 # ---- Transfusion ---------------------------------------------------------------------------------
 
@@ -729,14 +732,14 @@ class UNetUp(nn.Module):
         self.first = nn.Linear(cfg.dim, widths[0])
         self.blocks = nn.ModuleList(ResBlock(2 * width, width) for width in widths)
         doublings = [nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairwise(widths)]
-        last = nn.Conv2d(widths[-1], cfg.latent_channels, 3, padding=1)
-        self.convs = nn.ModuleList([*doublings, last])
+        self.last = nn.Conv2d(widths[-1], cfg.latent_channels, 3, padding=1)
+        self.convs = nn.ModuleList([*doublings, nn.Identity()])
 
     def forward(self, x, time, features):
         x = self.first(x).transpose(1, 2).unflatten(2, (self.grid, self.grid))
         for block, conv, skip in zip(self.blocks, self.convs, reversed(features)):
             x = conv(block(torch.cat([x, skip], dim=1), time))
-        return x  # (M, C, H, W)
+        return self.last(x)  # (M, C, H, W)
 
 # ---- Chameleon: the baseline, with discrete images -----------------------------------------------
 
@@ -749,8 +752,9 @@ class QuantisedVAE(VAE):
     It has no noise and no KL loss. An image becomes N codes, which are tokens, numbered after those
     of text. The integers of a latent are the digits of its code, a number in base 5.
 
-    DEVIATION: the paper learns a codebook of 16,384 vectors. Here the codebook is fixed: all points
-    of a grid (FSQ, arXiv 2309.15505).
+    DEVIATION: the paper learns a codebook of 16,384 vectors, and an image has a code for each of
+    its latents. Here the codebook is fixed: all points of a grid (FSQ, arXiv 2309.15505). And an
+    image has a code for each patch, as many as Transfusion has patches (--patch-size 1: 64 codes).
     """
 
     def __init__(self, cfg, n_text):
@@ -829,7 +833,7 @@ class Chameleon(Llama):
         for _ in range(self.cfg.n_patches):
             conditional, unconditional = next_logits(self, both).chunk(2)
             logits = guide(conditional, unconditional, guidance_scale)[:, self.n_text :]
-            codes = self.n_text + sample_tokens(logits, temperature=1.0)
+            codes = self.n_text + sample_tokens(logits, temperature=0.5)
             for document, code in zip(both, [*codes.tolist(), *codes.tolist()]):
                 document.append(code)
         drawn = [document[-self.cfg.n_patches :] for document in both[: len(documents)]]

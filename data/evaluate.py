@@ -131,10 +131,16 @@ def perplexity(trained, documents, end=EOS):
     log_p, n_tokens = trained.log_likelihood(documents, end)
     return math.exp(min(-log_p.sum() / n_tokens.sum(), 100)), n_tokens.sum()
 
-def score_perplexity(trained, texts, end, entropy):
-    """Perplexity per token of texts, beside that of the true grammar: `entropy` nats for all."""
+def score_perplexity(name, trained, texts, end, entropy):
+    """Perplexity per token of texts, beside that of the true grammar: `entropy` nats for all. And
+    their difference as a loss: the excess.
+    """
     value, n_tokens = perplexity(trained, [[text] for text in texts], end)
-    return value, f"best possible {math.exp(entropy / n_tokens):.4f}: the true grammar"
+    best = entropy / n_tokens
+    return {
+        f"{name}_ppl": (value, f"best possible {math.exp(best):.4f}: the true grammar"),
+        f"{name}_excess": (1000 * float(math.log(value) - best), "best 0, in nats per 1000 tokens"),
+    }
 
 def score_conclusions(trained, scenes, flips):
     """How often is the correct conclusion the likeliest of the four relations?"""
@@ -212,12 +218,13 @@ def score_frechet(drawn, pictures, others, reconstructed):
 # ---- What a run writes ---------------------------------------------------------------------------
 
 def validate(trained, task):
-    """Score 32 validation examples. Returns {score: value}, and a list with one row of drawings, or
+    """Score validation examples. Returns {score: value}, and a list with one row of drawings, or
     none if the task has none.
     """
     # The same noise each time, so that each column of progress.png follows one drawing.
-    torch.manual_seed(trained.run.seed)
-    report = task.evaluate(trained, "val", 32, trained.run.seed)
+    run = trained.run
+    torch.manual_seed(run.seed)
+    report = task.evaluate(trained, "val", run.val_n, run.seed)
     drawings = [] if report.pictures is None else [torch.from_numpy(report.pictures[:12])]
     return {name: value for name, (value, _) in report.scores.items()}, drawings
 
@@ -260,6 +267,11 @@ def draw_figure(report, model, tokenizer):
     grid = plots.captioned_grid(report.pictures[:18], report.prompts[:18], report.correct[:18])
     return plots.arrange([figure, grid], columns=2, gap=24)
 
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} with {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
 def write_scores(trained, task, directory, checkpoint):
     """Print the final table, and write metrics.json and figure.png."""
     run, start_time = trained.run, time.time()
@@ -275,7 +287,7 @@ def write_scores(trained, task, directory, checkpoint):
     try_to_write(directory / "figure.png", figure.save)
     metrics = {name: checkpoint[name] for name in ("command", "step", "minutes", "flops")} | {
         "scoring_minutes": (time.time() - start_time) / 60,
-        "machine": f"{trained.model.device}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "machine": f"{device_name(trained.model.device)}, torch {torch.__version__}",
         "cfg": asdict(trained.model.cfg), "run": asdict(run), "scores": report.scores,
     }
     (directory / "metrics.json").write_text(json.dumps(metrics, indent=1))

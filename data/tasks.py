@@ -55,10 +55,10 @@ class Shapes:
 
     words = shapes.WORDS
     defaults = {}  # options of train.py whose defaults differ for this task
-    steps = 3300  # of training, unless --steps says otherwise
+    steps = 1300  # of training, unless --steps says otherwise
     text_only = 0.1  # share of the documents that are text alone
     edits = 0.0  # share of the documents that are edits
-    single = 0.2  # share of the captioned pictures that show a single thing
+    single = 0.1  # share of the captioned pictures that show a single thing
     similar = 0.25  # share chosen to show things of the same colour or shape
 
     def __init__(self, run, image_size):
@@ -128,11 +128,11 @@ class Shapes:
         flips = [rng.random() < 0.5 for _ in scenes]
         texts = [shapes.argument(scene, flip) for scene, flip in zip(scenes, flips)]
         of_text, of_captions = self.entropy("text", scenes), self.entropy("caption", scenes)
-        return {
-            "text_ppl": score_perplexity(trained, texts, EOS, of_text),
-            "caption_ppl": score_perplexity(trained, captions, after_caption, of_captions),
-            "text_acc": score_conclusions(trained, scenes, flips),
-        }
+        return (
+            score_perplexity("text", trained, texts, EOS, of_text)
+            | score_perplexity("caption", trained, captions, after_caption, of_captions)
+            | {"text_acc": score_conclusions(trained, scenes, flips)}
+        )
 
     def evaluate(self, trained, split, n, seed):
         """Returns a Report of all scores on n examples of a split."""
@@ -157,7 +157,7 @@ class Shapes:
 class Text(Shapes):
     """The same documents without their pictures, to measure how much pictures hurt the text."""
 
-    defaults = {"batch_size": 78}  # about as many positions per step as with pictures
+    defaults = {"batch_size": 156}  # about as many positions per step as with pictures
 
     def __init__(self, run, image_size):
         super().__init__(run, image_size)
@@ -177,8 +177,8 @@ class Edit(Shapes):
     # a picture and its caption that a picture alone is still captioned. The LM loss of
     # instructions, which cannot be predicted, would otherwise outweigh the diffusion loss.
     defaults = {
-        "documents": 16384, "caption_first": 0.3, "optimizer": "adamw", "lr": 1.5e-3,
-        "t_power": 4.0, "noise_cap": 0.3, "lambda_ddpm": 20.0,
+        "documents": 16384, "batch_size": 32, "caption_first": 0.3, "t_power": 4.0,
+        "noise_cap": 0.3, "lambda_ddpm": 20.0, "optimizer": "adamw", "lr": 1.5e-3,
     }
     steps = 5000
 

@@ -219,6 +219,8 @@ def test_right_answers_have_the_best_possible_scores(kind, typical):
         # As uncertain as the grammar, and as good as the VAE.
         if name in ("text_ppl", "caption_ppl", "draw_acc", "edit_acc"):
             assert f"{value:.4f}" in beside
+        if name.endswith("excess"):
+            assert value == pytest.approx(0, abs=1e-3)
     assert kind is Text or report.correct == [False, True] * 20
 
 def test_frechet_of_known_distributions():

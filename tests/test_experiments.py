@@ -19,7 +19,7 @@ def test_experiments_train_what_is_missing_and_print_tables(tmp_path, monkeypatc
     path = Path("runs/experiments/results.json")
     results = json.loads(path.read_text())
     assert set(results) == {"low-0", "low-1", "high-0", "high-1"}
-    values = [results[f"low-{seed}"]["scores"]["text_ppl"][0] for seed in (0, 1)]
+    values = [results[f"low-{seed}"]["scores"]["text_excess"][0] for seed in (0, 1)]
     assert values[0] != values[1]
     for name in ("rates-draw_acc.png", "rates.png"):
         assert Image.open(f"runs/experiments/{name}").width > 128
@@ -30,10 +30,26 @@ def test_experiments_train_what_is_missing_and_print_tables(tmp_path, monkeypatc
     assert written == {p: p.stat().st_mtime_ns for p in written}
     assert json.loads(path.read_text()) == results
     (low,) = [line for line in printed.splitlines() if line.startswith("| a low rate |")]
-    assert f"{sum(values) / 2:.3f} ({min(values):.3f} to {max(values):.3f})" in low
+    assert f"{sum(values) / 2:.1f} ± {abs(values[0] - values[1]) / 2**0.5:.1f} |" in low
     assert "as here" in low and low in call(experiments.main, "--show")
     monkeypatch.setitem(runs, "low", "--noise-cap none")
     assert "low-2 failed" in call(experiments.main, "--seeds", 2, "--jobs", 1)
+
+def test_differences_have_the_p_value_of_welch():
+    """0.0728 of 20 million draws of Student's t with 5.5 degrees of freedom are beyond 2.21."""
+    a, b = [0.99, 0.98, 1.0, 0.97, 0.99], [0.95, 0.99, 0.94, 0.98, 0.93]
+    assert experiments.p_value(a, b) == pytest.approx(0.0728, abs=2e-4)
+    assert experiments.p_value(a, a) == 1
+    assert experiments.mean_and_spread(b, [1.0, 0.99, 1.0, 0.99, 0.98]).endswith(" *")
+    assert not experiments.mean_and_spread(a, [1.0, 0.98, 1.0, 0.97, 0.98]).endswith(" *")
+
+def test_the_documents_to_a_score_are_interpolated(monkeypatch):
+    curves = [{"documents": [1000, 2000, 3000], "draw_acc": ys}
+              for ys in ([0.1, 0.8, 1.0], [0.95, 0.9, 1.0])]
+    found = [{"curves": curve} for curve in curves]
+    assert experiments.documents_to_goal(found, "draw_acc") == "2"  # (2500 + 1000) / 2
+    found[0]["curves"]["draw_acc"] = [0.1, 0.5, 0.8]
+    assert experiments.documents_to_goal(found, "draw_acc") == "not reached"
 
 def test_parity_is_the_share_of_flops_at_which_the_baseline_is_reached(monkeypatch):
     monkeypatch.setattr(experiments, "RUNS", {"ours": "", "baseline": ""})

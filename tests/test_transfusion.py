@@ -559,7 +559,7 @@ def test_one_batch_is_overfitted(switch):
     documents = make(cfg, "a red circle. *", "* a blue square.") * 4
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
     losses = []
-    for _ in range(80):
+    for _ in range(100):
         loss, parts = model.loss(documents)
         optimizer.zero_grad()
         loss.backward()
