@@ -745,6 +745,7 @@ class UNetUp(nn.Module):
 
 N_LEVELS, CODE_DIM = 5, 4  # a code stands for CODE_DIM integers from -2 to 2
 N_CODES = N_LEVELS**CODE_DIM  # 625
+CODE_TEMPERATURE = 0.5  # 1 draws worse, and 0 with less variety
 
 class QuantisedVAE(VAE):
     """A VAE whose latents, one for each patch, are rounded to integers from -2 to 2.
@@ -833,7 +834,7 @@ class Chameleon(Llama):
         for _ in range(self.cfg.n_patches):
             conditional, unconditional = next_logits(self, both).chunk(2)
             logits = guide(conditional, unconditional, guidance_scale)[:, self.n_text :]
-            codes = self.n_text + sample_tokens(logits, temperature=0.5)
+            codes = self.n_text + sample_tokens(logits, CODE_TEMPERATURE)
             for document, code in zip(both, [*codes.tolist(), *codes.tolist()]):
                 document.append(code)
         drawn = [document[-self.cfg.n_patches :] for document in both[: len(documents)]]

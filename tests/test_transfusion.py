@@ -17,6 +17,7 @@ from tests.conftest import SMALL_MODEL
 from transfusion import (
     BOI,
     BOS,
+    CODE_TEMPERATURE,
     EOI,
     EOS,
     N_CODES,
@@ -637,7 +638,7 @@ def generate_by_hand(model, document, max_tokens, max_images, steps, guidance_sc
                 a, _ = forward_by_hand(model, [*document, BOI, *codes])
                 b, _ = forward_by_hand(model, [*images, BOI, *codes])
                 logits = b + guidance_scale * (a - b)
-                code = torch.multinomial(logits[N_TEXT:].softmax(0), 1)
+                code = torch.multinomial((logits[N_TEXT:] / CODE_TEMPERATURE).softmax(0), 1)
                 codes.append(N_TEXT + code.item())
             document.append(torch.tensor(codes))
             continue
