@@ -35,14 +35,14 @@ def parse_options(argv):
     add("--out", default="samples", type=Path, help="directory for the pictures [%(default)s]")
     add("--steps", type=int, default=50, help="denoising steps; the paper takes 250 [%(default)s]")
     add("--guidance-scale", type=float, help="classifier-free guidance, 1 is none [as in the run]")
-    add("--eta", type=float, default=0.0, help="0 is DDIM, 1 is ancestral sampling [%(default)s]")
+    add("--eta", type=float, help="0 is DDIM, 1 is ancestral sampling [as in the run]")
     add("--temperature", type=float, help="of text; 0 is greedy [0, or 1 without prompts]")
     add("--max-tokens", type=int, default=64, help="maximum of text tokens in a row [%(default)s]")
     add("--max-images", type=int, default=4, help="maximum of drawings per prompt [%(default)s]")
     add("--seed", type=int, default=0, help="random seed of the noise and the text [%(default)s]")
     add("--device", default="auto", help="cpu, cuda or mps; auto is cuda or cpu [%(default)s]")
     args = parser.parse_args(argv)
-    if args.steps < 1 or args.max_images < 0 or not 0 <= args.eta <= 1:
+    if args.steps < 1 or args.max_images < 0 or not 0 <= (args.eta or 0) <= 1:
         parser.error("--steps must be at least 1, --max-images at least 0, --eta from 0 to 1")
     if not 0 <= (args.temperature or 0) < math.inf or not math.isfinite(args.guidance_scale or 0):
         parser.error("--temperature must be at least 0, and --guidance-scale a number")
@@ -95,6 +95,8 @@ def main(argv=None):
     tokenizer, model, vae = build_models(cfg, checkpoint["words"], device, checkpoint)
     if args.guidance_scale is None:
         args.guidance_scale = checkpoint["run"]["guidance_scale"]
+    if args.eta is None:
+        args.eta = checkpoint["run"]["eta"]
     try:
         prompts = [parse_prompt(prompt, cfg.image_size) for prompt in args.prompts or [""]]
     except ValueError as error:

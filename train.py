@@ -66,13 +66,13 @@ class Run:
     accumulate: int = 1  # parts in which each process computes its batch, to save memory
     # DEVIATION: the paper uses AdamW throughout (--optimizer adamw --lr 2e-3).
     optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices of the transformer
-    lr: float = 3e-3  # peak learning rate
+    lr: float = 4e-3  # peak learning rate
     eval_every: int = 0  # steps between evaluations, which write a checkpoint; 0: a tenth of steps
     eval_n: int = 512  # examples per score in the final table
     val_n: int = 32  # examples per score in each evaluation before it
     eval_split: Literal["test", "val"] = "test"  # test for final results, val to choose settings
-    sample_steps: int = 16  # denoising steps in evaluations (paper: 250)
-    eta: float = 0.0  # sampling noise: 0 is DDIM, 1 is DDPM's ancestral sampler
+    sample_steps: int = 25  # denoising steps in evaluations (paper: 250)
+    eta: float = 1.0  # sampling noise: 0 is DDIM, 1 is DDPM's ancestral sampler
     guidance_scale: float = 2.0  # classifier-free guidance in evaluations; 1 turns it off
 
     def __post_init__(self):

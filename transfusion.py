@@ -55,8 +55,8 @@ What the paper found. FID measures generated images (lower is better), CIDEr cap
     - The noise cap: CIDEr 25.4 -> 29.4 (0.76B, U-Net).
 
                               this toy         the paper
-    parameters                0.5M             0.16B to 7B
-    width of the transformer  96               768 to 4096
+    parameters                0.25M            0.16B to 7B
+    width of the transformer  64               768 to 4096
     pixels of a picture       32 x 32          256 x 256
     latents                   4 x 8 x 8        8 x 32 x 32
     patches of an image       16, of 2 x 2     256, of 2 x 2
@@ -86,7 +86,7 @@ from torch import nn
 class Config:
     """Each field is an option of train.py, and its comment is the help text. Skim them for now."""
     model: Literal["transfusion", "chameleon"] = "transfusion"  # chameleon is the baseline
-    dim: int = 96  # width of the transformer
+    dim: int = 64  # width of the transformer
     n_layers: int = 4  # number of transformer blocks
     n_heads: int = 4  # attention heads per block
     # DEVIATION: the paper's Transfusion does not normalise queries and keys (--no-qk-norm).

@@ -1,8 +1,12 @@
 """What README.md and data/README.md say must be so: their commands, names, links and code."""
 
+import json
 import re
+from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
+
+import numpy as np
 
 import train
 import transfusion
@@ -46,6 +50,29 @@ def test_links_lead_somewhere():
     for path, page in PAGES.items():
         for target in re.findall(r"\]\((?!http)([^)#]+)", page):
             assert (path.parent / target).exists(), target
+
+RESULTS = json.loads((ROOT / "data" / "results.json").read_text())
+
+def test_the_tables_are_those_of_the_committed_results():
+    page = PAGES[ROOT / "data" / "README.md"]
+    for table in experiments.TABLES.values():
+        assert experiments.table_of(table, RESULTS) in page, table.title
+
+def test_every_score_on_the_pages_has_a_committed_result():
+    """A score has three or four decimals: of one run, or the mean of the seeds."""
+    values, texts = defaultdict(list), ""
+    for key, result in RESULTS.items():
+        for name, (value, beside) in result["scores"].items():
+            values[key.rpartition("-")[0], name].append(value)
+            texts += beside + " "
+    numbers = [number for seeds in values.values() for number in [*seeds, np.mean(seeds)]]
+    known = {f"{number:.{digits}f}" for number in numbers for digits in (3, 4)}
+    known |= set(re.findall(r"\d+\.\d+", texts))
+    for path, page in PAGES.items():
+        for table in experiments.TABLES.values():
+            page = page.replace(experiments.table_of(table, RESULTS), "")
+        unknown = set(re.findall(r"(?<![\d.])\d+\.\d{3,4}(?![\d.])", page)) - known
+        assert not unknown, path
 
 def test_the_example_runs():
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
