@@ -11,11 +11,12 @@ The output directory (--run) gets ckpt.pt, log.csv, progress.png (a row of drawi
 evaluation), figure.png (the attention mask, and drawings of held-out captions), metrics.json, and
 run.json with all settings. Ctrl-C saves a checkpoint, and --resume goes on from it.
 
---resume and --eval-only take all options that are not given from the checkpoint. --init takes only
-those of the model (the fields of Config in transfusion.py).
+With --resume and --eval-only, options that are not given come from the checkpoint. With --init,
+only those of the model do (the fields of Config in transfusion.py).
 
-To add an option, add a field to Config or to Run. To add a part of the loss, return it from `loss`
-in transfusion.py: it is logged by its name. To add a task or a score, see data/tasks.py.
+To add an option, add a field to Config or to Run. To add a part of the loss, add it in `loss` in
+transfusion.py, and return it with the other parts: it is logged under its name. To add a task or a
+score, see data/tasks.py, and SHOWN below.
 """
 
 import atexit
@@ -49,7 +50,7 @@ from transfusion import VAE, Chameleon, Config, QuantisedVAE, Tokenizer, Transfu
 
 @dataclass
 class Run:
-    """All other options. Each field is one, and its comment is the help text."""
+    """All options that are not of the model. Each field is one, and its comment is the help."""
     run: str = ""  # output directory [runs/, and the name of the task, the baseline or the folder]
     task: str = ""  # what to train on [shapes, or folder with --data]
     data: str = ""  # folder of your own pictures with captions
@@ -63,7 +64,7 @@ class Run:
     steps: int = 0  # training steps of the model; 0: as many as the task needs
     batch_size: int = 64  # documents per step, across all processes
     bf16: bool = False  # matrix products in bf16, which is faster for large models on a GPU
-    accumulate: int = 1  # parts in which each process computes its batch, to save memory
+    accumulate: int = 1  # parts into which each process splits its batch, to save memory
     # DEVIATION: the paper uses AdamW throughout (--optimizer adamw --lr 2e-3).
     optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices of the transformer
     lr: float = 4e-3  # peak learning rate
@@ -78,7 +79,8 @@ class Run:
     def __post_init__(self):
         numbers = self.documents, self.batch_size, self.accumulate, self.sample_steps
         if min(numbers) < 1 or min(self.steps, self.eval_every) < 0:
-            raise ValueError("numbers of documents and steps must be at least 1")
+            raise ValueError("documents, batch_size, accumulate and sample_steps must be at least "
+                             "1, and steps and eval_every at least 0")
         if min(self.eval_n, self.val_n) < 2:
             raise ValueError("eval_n and val_n must be at least 2")
         if not 0 <= self.seed < 10**9:
@@ -89,7 +91,7 @@ class Run:
 # What evaluations print: scores with these prefixes. log.csv has all of them.
 SHOWN = ("loss", "caption_acc", "draw_acc", "edit_acc", "caption_match", "draw_match")
 
-PAPER = {"target": "eps", "t_power": 1.0, "qk_norm": False}  # the paper's choices of the model
+PAPER = {"target": "eps", "t_power": 1.0, "qk_norm": False}  # the paper's choices for the model
 PAPER_SIZE = PAPER | {
     "image_size": 256, "latent_size": 32, "latent_channels": 8, "vae_dim": 128, "bf16": True,
 }
@@ -133,7 +135,7 @@ def parse_options(argv):
     return mode, PRESETS.get(preset, {}) | given
 
 def build(kind, options):
-    """A Config or Run from those of the options that are its fields."""
+    """A Config or a Run from the options that are fields of it."""
     try:
         return kind(**{f.name: options[f.name] for f in fields(kind) if f.name in options})
     except ValueError as error:
@@ -148,25 +150,25 @@ def main(argv=None):
     task_name = options.get("task", "folder" if "data" in options else "shapes")
     directory = Path(options.setdefault("run", default_directory(task_name, options)))
 
-    # Go on with a run, or score it; start from the model of another run; or start from scratch.
     command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
-    if mode in ("resume", "eval_only"):
+    if mode in ("resume", "eval_only"):  # go on with a run, or score it
         checkpoint = load_checkpoint(directory)
         cfg = build(Config, checkpoint["cfg"] | options)
         run = build(Run, checkpoint["run"] | options)
         command = checkpoint["command"]
-    elif "init" in options:
+    elif "init" in options:  # start from the model of another run
         checkpoint = load_checkpoint(options["init"])
         options = TASKS[task_name].defaults | options | {"task": task_name}
         cfg = build(Config, checkpoint["cfg"] | options)
         run = build(Run, options)
-    else:
+    else:  # start from scratch
         checkpoint = None
         options = TASKS[task_name].defaults | options | {"task": task_name}
         cfg = build(Config, options)
         run = build(Run, options)
 
-    # `averaged` is the moving average of the model's weights, which is what is scored.
+    # `averaged` is the moving average of the model's weights ("ema" in the checkpoint). It is what
+    # is scored. `best` is a copy of it from the best evaluation so far.
     torch.manual_seed(run.seed)  # in all processes, so that they start with the same model
     task = build_task(run, cfg)
     words = checkpoint["words"] if checkpoint else task.words
@@ -180,10 +182,9 @@ def main(argv=None):
     model = copy.deepcopy(averaged).requires_grad_(True)
     optimizers = make_optimizers(model, run)
     first_step, history, drawings = 0, [], []
-    best = averaged.state_dict()  # the average at the best evaluation so far
+    best = copy.deepcopy(averaged.state_dict())
     if mode == "resume":
         states = [checkpoint["model"], checkpoint["ema"], *checkpoint["optimizers"]]
-        best = copy.deepcopy(best)
         load_states([model, averaged, *optimizers], states)
         first_step, history = checkpoint["step"], checkpoint["history"]
         drawings = checkpoint["drawings"]
@@ -191,10 +192,10 @@ def main(argv=None):
     settings = {"command": command, "cfg": asdict(cfg), "run": asdict(run)}
     if rank == 0:
         prepare_directory(directory, mode, settings)
-    documents = prepare_documents(task, run, tokenizer, vae, n_processes)
+    documents = prepare_documents(task, run, tokenizer, vae, n_processes)  # trains the VAE
     flops = flops_per_document(model, documents)
 
-    interrupted = catch_ctrl_c(rank)  # not empty after Ctrl-C, which lets the step finish first
+    interrupted = catch_ctrl_c(rank)  # a list, no longer empty after Ctrl-C
     losses = []  # since the last evaluation
     bar = progress_bar(range(first_step, run.steps), "model")
     for step in bar:
@@ -218,7 +219,8 @@ def main(argv=None):
             optimizer.zero_grad()
         update_average(averaged, model, step)
 
-        # Log, evaluate, save: all in the first process. The last step is always an evaluation.
+        # Log, evaluate, save: all in the first process, with the losses of the last part of its
+        # batch. The last step is always an evaluation.
         losses.append({f"loss_{k}": torch.as_tensor(part).item() for k, part in parts.items()})
         bar.set_postfix({name: f"{value:.3f}" for name, value in losses[-1].items()})
         is_evaluation = (step + 1) % run.eval_every == 0 or step + 1 == run.steps
@@ -264,7 +266,7 @@ def learning_rate(run, step):
 
 @torch.no_grad()
 def update_average(averaged, model, step):
-    """Move the average towards the model: a mean over some 100 steps, over fewer at first."""
+    """Move the average towards the model: a mean over about 100 steps, over fewer at first."""
     decay = min(0.99, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
 
@@ -321,12 +323,12 @@ def train_vae(vae, documents, steps):
     vae.requires_grad_(False).eval()
 
 def is_trained(vae):
-    """Its BatchNorm counts the training steps."""
+    """Its BatchNorm has counted the training steps."""
     return vae.normalise.num_batches_tracked > 0
 
 @torch.no_grad()
 def flops_per_document(model, documents):
-    """Counted by PyTorch in the forward pass, times 3: a backward pass costs twice as much."""
+    """PyTorch counts those of the forward pass. A backward pass costs twice as many."""
     with FlopCounterMode(display=False) as counter:
         model.logits(documents[:256])
     return 3 * counter.get_total_flops() / len(documents[:256])
@@ -392,7 +394,7 @@ def start_processes(name):
     """Returns the device, the rank of this process, and the number of processes."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not in notebooks
-            stream.reconfigure(errors="replace")  # printing never stops a run
+            stream.reconfigure(errors="replace")  # an odd character never stops a run
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -418,7 +420,7 @@ def progress_bar(steps, description):
     return tqdm(steps, description, steps.stop, initial=steps.start, disable=disable)
 
 def build_task(run, cfg):
-    """The task, which also decides about the number of steps, if that is 0."""
+    """The task. It also sets those numbers of steps in `run` that are 0."""
     try:
         task = TASKS[run.task](run, cfg.image_size)
     except ValueError as error:  # it cannot use these options, or this folder

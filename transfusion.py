@@ -38,9 +38,10 @@ which is impossible with pure noise. So its t is at most 0.5, the noise cap. Any
 there to be generated, which starts from pure noise. So its t can be anything up to 1.
 
 The training documents are a mixture: by default, 10 % text alone, 45 % caption first, and 45 %
-image first. (In the paper, 80 % of the pairs have the caption first. `train.py --task edit` adds
-edits.) In a tenth of the documents with text before an image, the text is dropped, so that the
-model also learns to draw unconditionally, as classifier-free guidance needs.
+image first. DEVIATION: in the paper, 80 % of the pairs have the caption first. In a tenth of the
+documents with text before an image, the text is dropped, so that the model also learns to draw
+unconditionally, as classifier-free guidance needs. Both happen where documents are made, in
+data/tasks.py. `train.py --task edit` adds edits.
 
 In code, one training step and one generation:
 
@@ -174,7 +175,8 @@ def attention_mask(tokens, bidirectional=True):
 # ---- Diffusion -----------------------------------------------------------------------------------
 
 def noise_levels(u, cfg):
-    """Numbers u from 0 to 1 -> noise levels t: a random u for training, even steps for sampling.
+    """Numbers u from 0 to 1 -> noise levels t. In training, u is random and uniform. In sampling, u
+    falls from 1 to 0 in equal steps.
 
     NOT STATED: the distribution of t. DDPM's is uniform, as here with t_power = 1. With 2, half of
     the levels are above 0.71.
@@ -221,9 +223,10 @@ def p_sample(xt, x0, t, t_next, eta):
     """One denoising step, from t to t_next < t, given the predicted x0.
 
     x_t and x0 determine the noise eps. With the same eps, x0 is noised again, but to t_next: this
-    is DDIM (arXiv 2010.02502, equations 12 and 16). With eta > 0, fresh noise of standard deviation
-    sigma replaces a part of eps. With eta = 1 this is the ancestral sampler of DDPM.
-    NOT STATED: which sampler the paper uses.
+    is DDIM, eta = 0. With eta > 0, fresh noise z of standard deviation sigma replaces a part of it:
+        x_next = sqrt(ab_next) x0 + sqrt(1 - ab_next - sigma^2) eps + sigma z
+    so that the variance of all noise is still 1 - ab_next. The sigma below with eta = 1 makes this
+    DDPM's ancestral sampler (arXiv 2010.02502, equations 12 and 16). NOT STATED: the paper's.
     """
     ab, ab_next = alpha_bar(t), alpha_bar(t_next)
     eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()
@@ -234,14 +237,14 @@ def p_sample(xt, x0, t, t_next, eta):
 def guide(conditional, unconditional, guidance_scale):
     """Classifier-free guidance: move the prediction away from the one made without the text.
 
-    A scale of 1 is no guidance. Guiding x0 is the same as guiding eps, since x_t = a x0 + s eps is
-    given. DEVIATION: the scale is 2; the paper's is 3 or 5 (--guidance-scale). NOT STATED: how
-    often the text is dropped in training.
+    A scale of 1 is no guidance. Guiding x0 is the same as guiding eps: given x_t, one is a linear
+    function of the other. DEVIATION: the scale is 2; the paper's is 3 or 5 (--guidance-scale).
+    NOT STATED: how often the text is dropped in training (here --unconditional-share 0.1).
     """
     return unconditional + guidance_scale * (conditional - unconditional)
 
 def without_text(documents):
-    """The unconditional documents: only the images, which for an edit are both of its images."""
+    """The unconditional documents. Only text is dropped: the image to edit stays."""
     return [[item for item in document if not isinstance(item, int)] for document in documents]
 
 # ---- Transformer: Llama (RMSNorm, RoPE, SwiGLU, no biases) ---------------------------------------
@@ -369,8 +372,8 @@ class TimeEmbedding(nn.Module):
 class LinearPatchEncoder(nn.Module):
     """Section 3: a linear layer for each patch, and the embedding of t.
 
-    With linear patches, t enters the model only here. DEVIATION: the paper adds the embedding
-    before the linear layer, so that it has only the few dimensions of a patch.
+    With linear patches, t enters the model only here. DEVIATION: the paper adds the embedding of t
+    before the linear layer. There it could have only 16 dimensions, those of a patch.
     """
 
     def __init__(self, cfg):
@@ -414,8 +417,8 @@ class Transfusion(Llama):
         # A U-Net also returns features that skip the transformer. Linear patches have none.
         patches, *skip = self.patch_encoder(xt, t)  # (M, N, D)
 
-        # The patches are added at the positions of PATCH. Row by row, these are the patches of the
-        # first image, then those of the second, and so on.
+        # The patches are added to the embeddings of PATCH and of their positions. Row by row, these
+        # are the patches of the first image, then those of the second, and so on.
         is_patch = tokens == PATCH
         x[is_patch] += patches.flatten(0, 1)
 
@@ -434,7 +437,7 @@ class Transfusion(Llama):
 
         t = noise_levels(torch.rand(len(x0), device=self.device), cfg)  # (M,), one for each image
         # The noise cap (table 8), for an image that is first in its document (its BOI is in column
-        # 1) and not last (the token after its EOI is not EOS).
+        # 1) and not last (after BOI, the N patches and EOI comes another token than EOS).
         row, column = (tokens == BOI).nonzero(as_tuple=True)
         after_image = tokens[row, column + cfg.n_patches + 2]
         is_capped = (column == 1) & (after_image != EOS)
@@ -466,7 +469,7 @@ class Transfusion(Llama):
         return tokens, logits
 
     def predict_x0(self, documents, xt, t):
-        """Predict x0 (B, C, H, W) for images x_t, each at the end of its document.
+        """Predict x0 (B, C, H, W) for noisy images x_t (B, C, H, W), one to follow each document.
 
         All x_t have the same t (1,). Images before them are clean.
         """

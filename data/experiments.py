@@ -245,10 +245,9 @@ def table_of(table, results):
         cells += [documents_to_goal(found, score) if has_pictures else ""
                   for score in ("draw_acc", "caption_acc")]
         flops = f"{found[0]['flops'] / 1e12:.1f}"
-        options = f"`{RUNS[run]}`" if RUNS[run] else "none"
-        rows.append([label, options, *cells, flops, str(len(found)), paper])
+        rows.append([label, f"`{run}`", *cells, flops, str(len(found)), paper])
     goals = [f"documents to draw_acc {GOAL}", f"to caption_acc {GOAL}"]
-    header = ["", "options of train.py", *SCORES, *goals, "FLOPs / 10^12", "seeds", "the paper"]
+    header = ["", "run", *SCORES, *goals, "FLOPs / 10^12", "seeds", "the paper"]
     return markdown(header, rows) if rows else "no results yet"
 
 def parity(results, run, baseline, score):
