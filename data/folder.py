@@ -76,10 +76,10 @@ def has_captions(file):
 def check_rest(folder, names):
     """What is outside train/ and validation/ is not used. Captions there are a mistake."""
     rest = [file for file in find_files(folder) if file.relative_to(folder).parts[0] not in names]
-    captions = [file for file in rest if has_captions(file) and file.parent == folder]
-    if captions:
-        raise ValueError(f"{folder} has {' and '.join(names)}, so {captions[0].name} is not used; "
-                         f"each of them needs its own captions.")
+    for file in rest:
+        if has_captions(file) and file.relative_to(folder).parts[0] not in SPLITS:
+            raise ValueError(f"{folder} has {' and '.join(names)}, so {file} is not used; "
+                             f"each of them needs its own captions.")
     if rest:
         print(f"{len(rest)} files in {folder} are outside {' and '.join(names)}, and not used.")
 

@@ -18,6 +18,7 @@ from data import emoji
 from data.folder import find_captions, frequent_words, load_folder, load_picture, split_by_content
 from data.tasks import Folder
 from tests.conftest import TINY, call, complaint, metrics_of
+from transfusion import encode
 
 def write_pictures(folder, n=30, caption=None):
     """0.png, 1.png, ... of different colours, and 0.txt, 1.txt, ... if there is a caption."""
@@ -51,7 +52,23 @@ def test_captions_come_from_metadata(name, head, row, tmp_path):
 def test_a_folder_can_have_its_own_split(name, tmp_path):
     for part, n in (("train", 25), (name, 5)):
         write_pictures(tmp_path / part, n, caption=part)
+    write_pictures(tmp_path / "other")
     assert [len(pairs) for pairs in load_folder(tmp_path, 32)] == [25, 5]
+
+def test_large_pictures_are_encoded_a_few_at_a_time():
+    """512 of 32 x 32 pixels, but as few of 256 x 256 as have as many pixels."""
+    sizes = []
+
+    class FakeVAE:
+        def encode(self, pictures):
+            sizes.append(pictures.numel() / 3)
+            return pictures
+
+    for size, n in ((32, 1100), (256, 20), (2048, 2)):
+        picture = np.zeros((size, size, 3), np.uint8)
+        assert len(encode([[picture]] * n, None, FakeVAE())) == n
+    assert max(sizes[:-2]) == 512 * 32 * 32  # and a larger picture is encoded alone
+    assert sizes[-2:] == [2048 * 2048] * 2
 
 def test_each_picture_decides_by_itself_whether_it_is_held_out():
     """A tenth is; copies stay together; and none changes sides when others go."""
