@@ -65,6 +65,11 @@ RUNS = {
                   "--patch-encoder unet --steps 3000 --guidance-scale 3 --sample-steps 250",
 }
 
+SCALES = 1, 3, 5  # of guidance, beside the default's 2
+for scale in SCALES:
+    for name in ("cpu", "cpu-chameleon"):
+        RUNS[f"{name}-guidance-{scale}"] = f"{RUNS[name]} --guidance-scale {scale}"
+
 class Table(NamedTuple):
     """The runs that a table compares."""
     title: str
@@ -74,6 +79,13 @@ TABLES = {
     "default": Table(
         "The default and Chameleon with the same FLOPs, on one thread of a CPU",
         {"Transfusion": ("cpu", ""), "Chameleon": ("cpu-chameleon", "")},
+    ),
+    "guidance": Table(
+        "The guidance scale",
+        {"Transfusion, 2": ("cpu", "")}
+        | {f"Transfusion, {scale}": (f"cpu-guidance-{scale}", "") for scale in SCALES}
+        | {"Chameleon, 2": ("cpu-chameleon", "")}
+        | {f"Chameleon, {scale}": (f"cpu-chameleon-guidance-{scale}", "") for scale in SCALES},
     ),
     "models": Table(
         "Transfusion and Chameleon (the paper's table 3)",

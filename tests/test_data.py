@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import shapes
+from data import plots, shapes
 from data.evaluate import Trained, accuracy, frechet, psnr, score_matching
 from data.tasks import Edit, Shapes, Text, examples
 from tests.conftest import ROOT, SMALL_MODEL
@@ -256,6 +256,18 @@ def test_matching_is_how_often_the_own_pair_wins():
         value, beside = scores[name]
         assert value == 0.5
         assert "0.125" in beside
+
+    # A second caption of a picture is no wrong choice: 1 beside 0, and 3 beside 2.
+    _, chance = score_matching(matcher, list("0123"), np.int64([0, 0, 2, 2]), seed=0)["draw_match"]
+    assert "0.3333" in chance  # the own pair, and two others
+
+@pytest.mark.parametrize("text", ["größer", "5 €", "кот", "猫"])
+def test_captions_are_drawn_in_a_font_that_has_their_letters(text):
+    font = plots.find_font(text, 12)
+    if font.getname() == plots.find_font("a", 12).getname():
+        pytest.skip("no font of this machine has them")
+    drawn = {bytes(font.getmask(c)) for c in {*text, "\uffff"}}  # the last is in no font
+    assert len(drawn) == len({*text, "\uffff"})
 
 # ---- A trained model -----------------------------------------------------------------------------
 

@@ -256,7 +256,7 @@ def test_a_folder_is_trained_on_scored_and_sampled_from(tmp_path):
     run = tmp_path / "run"
     call(train.main, "--data", folder, "--run", run, *TINY, "--image-size", 64)
     scores = metrics_of(run)["scores"]
-    assert {"caption_ppl", "draw_match"} <= set(scores)
+    assert {"caption_ppl", "draw_match", "held_out_loss", "would_draw"} <= set(scores)
     out = call(sample.main, f"<{folder / '3.png'}> square", "--run", run, "--steps", 2)
     assert "square" in out
 
