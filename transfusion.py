@@ -93,7 +93,7 @@ class Config:
     # DEVIATION: the paper's Transfusion does not normalise queries and keys (--no-qk-norm).
     qk_norm: bool = True  # normalise queries and keys
     bidirectional: bool = True  # the patches of an image see each other; off: causal attention only
-    target: Literal["eps", "x0", "v"] = "x0"  # what the model predicts from a noised image
+    target: Literal["eps", "x0"] = "x0"  # what the model predicts from a noised image
     t_power: float = 2.0  # t = u^(1 / t_power), u uniform: 1 is uniform, higher is noisier
     patch_encoder: Literal["linear", "unet"] = "linear"  # between latents and transformer
     lambda_ddpm: float = 5.0  # weight of the diffusion loss, as in the paper
@@ -200,24 +200,16 @@ def q_sample(x0, eps, t):
     a, s = signal_and_noise(t)
     return a * x0 + s * eps
 
-def diffusion_target(x0, eps, t, target):
-    """What the model predicts from x_t: the noise eps, the image x0, or v (arXiv 2202.00512).
+def predicted_x0(xt, pred, t, target):
+    """The image x0 that a prediction means: x0 itself, or x_t = a x0 + s eps solved for x0.
 
     DEVIATION: the paper predicts eps (--target eps; DDPM's uniform t goes with it: --t-power 1). At
-    this size, a model that predicts x0 learns to draw in far fewer steps (data/README.md). The
-    reason lies near t = 1, where the text decides what is drawn. There x_t is almost eps, so a
+    this size, a model that predicts x0 learns to draw in far fewer training steps (data/README.md).
+    The reason lies near t = 1, where the text decides what is drawn. There x_t is almost eps, so a
     model can predict eps well without reading the text. It cannot predict x0 without the text.
     """
     a, s = signal_and_noise(t)
-    return {"eps": eps, "x0": x0, "v": a * eps - s * x0}[target]
-
-def predicted_x0(xt, pred, t, target):
-    """Solve x_t = a x0 + s eps for x0, given a prediction of eps, x0 or v.
-
-    For v: a x_t - s v = (a^2 + s^2) x0 = x0.
-    """
-    a, s = signal_and_noise(t)
-    return {"eps": (xt - s * pred) / a, "x0": pred, "v": a * xt - s * pred}[target]
+    return pred if target == "x0" else (xt - s * pred) / a
 
 def p_sample(xt, x0, t, t_next, eta):
     """One denoising step, from t to t_next < t, given the predicted x0.
@@ -411,7 +403,7 @@ class Transfusion(Llama):
 
     def forward(self, tokens, xt, t):
         """Tokens (B, T) and images noised to t, (M, C, H, W) and (M,) -> logits of the next token
-        (B, T, V), and the prediction of eps, x0 or v for each image (M, C, H, W).
+        (B, T, V), and the prediction of eps or x0 for each image (M, C, H, W).
         """
         x = self.embed(tokens)  # (B, T, D)
         # A U-Net also returns features that skip the transformer. Linear patches have none.
@@ -454,7 +446,8 @@ class Transfusion(Llama):
 
         # L_DDPM: the mean squared error of each image, then the mean over the images of the batch
         # (if it has any).
-        error = (pred - diffusion_target(x0, eps, t, cfg.target)).square().mean((1, 2, 3))  # (M,)
+        target = {"eps": eps, "x0": x0}[cfg.target]
+        error = (pred - target).square().mean((1, 2, 3))  # (M,)
         loss_ddpm = error.sum() / max(1, len(error))
 
         return loss_lm + cfg.lambda_ddpm * loss_ddpm, {"text": loss_lm, "image": loss_ddpm}
