@@ -63,7 +63,7 @@ class Run:
     vae_steps: int = 1000  # training steps of the VAE, with 16 pictures each
     steps: int = 0  # training steps of the model; 0: as many as the task needs
     batch_size: int = 64  # documents per step, across all processes
-    bf16: bool = False  # matrix products in bf16, which is faster for large models on a GPU
+    bf16: bool = False  # matrix products in bf16, for large models on a GPU
     accumulate: int = 1  # parts into which each process splits its batch, to save memory
     # DEVIATION: the paper uses AdamW throughout (--optimizer adamw --lr 2e-3).
     optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices of the transformer
@@ -242,7 +242,7 @@ def main(argv=None):
                 "minutes": (time.time() - start_time) / 60,
                 "flops": flops * run.batch_size * (step + 1),
                 "vae": vae.state_dict(), "model": model.state_dict(), "ema": averaged.state_dict(),
-                "best": best,
+                "best": best if history else averaged.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
             save_checkpoint(checkpoint, directory / "ckpt.pt")

@@ -597,8 +597,9 @@ def encode(documents, tokenizer, vae):
     """Documents of str and pictures, uint8 (H, W, 3) -> documents of tokens and images."""
     parts = [part for document in documents for part in document]
     pictures = [torch.as_tensor(part) for part in parts if not isinstance(part, str)]
-    n_at_once = max(1, 2**19 // pictures[0].shape[0] ** 2) if pictures else 1  # to save memory
-    batches = torch.stack(pictures).split(n_at_once) if pictures else []
+    batches = []
+    if pictures:  # 512 of 32 x 32 pixels at a time, and fewer of larger ones
+        batches = torch.stack(pictures).split(max(1, 2**19 // pictures[0].shape[0] ** 2))
     images = iter([image for batch in batches for image in vae.encode(batch)])
     encoded = []
     for document in documents:

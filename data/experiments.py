@@ -2,7 +2,7 @@
 
     python -m data.experiments attention target     train the runs of two tables, and print them
     python -m data.experiments --show --results data/results.json     print the published results
-    python -m data.experiments --jobs 8 --options="--device cuda --val-n 128"     all, on a GPU
+    python -m data.experiments --jobs 8 --options="--device cuda --val-n 64"     all, on a GPU
 
 Runs go to runs/experiments. Finished runs are not repeated, and interrupted runs are resumed. To
 add a row, add a line to RUNS and one to a table.
@@ -299,7 +299,7 @@ def main(argv=None):
     parser.add_argument("--results", type=Path, default=DIRECTORY / "results.json",
                         help="collects results; what it has is not trained again [%(default)s]")
     parser.add_argument("--show", action="store_true", help="print the results, without training")
-    parser.add_argument("--options", default="--val-n 128",
+    parser.add_argument("--options", default="--val-n 64",
                         help="more options of train.py, for all runs [%(default)s]")
     args = parser.parse_args(argv)
     if not set(args.tables) <= set(TABLES):

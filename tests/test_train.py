@@ -156,6 +156,7 @@ def test_after_ctrl_c_the_run_goes_on_as_if_nothing_had_happened(
     assert f"--resume --run {tmp_path / 'x'}" in said
     assert checkpoint_of(tmp_path / "x")["step"] == step
     monkeypatch.undo()
+    assert "held-out examples" in call(train.main, "--eval-only", "--run", tmp_path / "x")
     call(train.main, "--resume", "--run", tmp_path / "x")
     assert_same_training(tmp_path / "x", trained[0])
 
