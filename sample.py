@@ -3,24 +3,21 @@
     python sample.py "a red circle above a blue square."    draws it
     python sample.py "<picture.png>"                         writes a caption
     python sample.py --run runs/edit "<picture.png> make the red circle green."    edits it
-    python sample.py                                         writes and draws freely
+    python sample.py --temperature 1                         writes and draws freely
 
-A prompt is text in which <file.png> stands for a picture. Several prompts run as one batch. The
-model continues each of them, and switches from text to diffusion by itself, when it predicts BOI.
+A prompt is text in which <file.png> stands for a picture. The model continues it, and switches from
+text to diffusion by itself, when it predicts BOI.
 """
 
-import math
 import os
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections import defaultdict
 from itertools import count, groupby
 from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from data import plots
 from data.folder import caption_words, clean, load_picture
@@ -30,34 +27,28 @@ from transfusion import Config, encode, generate
 def parse_options(argv):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("prompts", nargs="*", help="text in which <file.png> stands for a picture [from nothing]")
+    add("prompts", nargs="*", default=[""], help="text in which <file.png> stands for a picture")
     add("--run", default="runs/shapes", help="output directory of the training run [%(default)s]")
     add("--out", default="samples", type=Path, help="directory for the pictures [%(default)s]")
-    add("--steps", type=int, default=50, help="denoising steps; the paper takes 250 [%(default)s]")
-    add("--guidance-scale", type=float, help="classifier-free guidance, 1 is none [as in the run]")
-    add("--eta", type=float, help="0 is DDIM, 1 is ancestral sampling [as in the run]")
-    add("--temperature", type=float, help="of text; 0 is greedy [0, or 1 without prompts]")
-    add("--max-tokens", type=int, default=64, help="maximum of text tokens in a row [%(default)s]")
-    add("--max-images", type=int, default=4, help="maximum of drawings per prompt [%(default)s]")
-    add("--seed", type=int, default=0, help="random seed of the noise and the text [%(default)s]")
+    add("--steps", default=50, type=int, help="denoising steps; the paper takes 250 [%(default)s]")
+    add("--guidance-scale", default=2.0, type=float, help="1 is no guidance [%(default)s]")
+    add("--eta", default=1.0, type=float, help="0 is DDIM, 1 is ancestral sampling [%(default)s]")
+    add("--temperature", default=0.0, type=float, help="of text; 0 is greedy [%(default)s]")
+    add("--seed", default=0, type=int, help="random seed of the noise and the text [%(default)s]")
     add("--device", default="auto", help="cpu, cuda or mps; auto is cuda or cpu [%(default)s]")
     args = parser.parse_args(argv)
-    if args.steps < 1 or args.max_images < 0 or not 0 <= (args.eta or 0) <= 1:
-        parser.error("--steps must be at least 1, --max-images at least 0, --eta from 0 to 1")
-    if not 0 <= (args.temperature or 0) < math.inf or not math.isfinite(args.guidance_scale or 0):
-        parser.error("--temperature must be at least 0, and --guidance-scale a number")
-    if args.out.exists() and not args.out.is_dir():
+    if args.steps < 1 or not 0 <= args.eta <= 1 or not args.temperature >= 0:
+        parser.error("--steps must be at least 1, --eta from 0 to 1, --temperature at least 0")
+    if args.out.is_file():
         parser.error(f"--out must be a directory, but {args.out} is a file")
-    if args.temperature is None:
-        args.temperature = 0.0 if args.prompts else 1.0
     return args
 
 def parse_prompt(prompt, image_size):
     """Split "some text <a.png> more text" into ["some text", picture, "more text"]."""
     document, text = [], ""
-    for i, piece in enumerate(re.split(r"(<[^<>]+>)", prompt)):
+    for piece in re.split(r"(<[^<>]+>)", prompt):
         file = os.path.expanduser(piece[1:-1].strip())
-        if i % 2 == 1 and is_picture(file):
+        if piece.startswith("<") and is_picture(file):
             document += [clean(text), load_picture(file, image_size)]
             text = ""
         else:
@@ -75,14 +66,14 @@ def as_text(document, tokenizer):
         if is_text:
             parts.append(tokenizer.decode(items))
         else:
-            parts += ["[BOI] picture [EOI]"] * len(list(items))
+            parts += ["[BOI] picture [EOI]" for _ in items]
     return " ".join(parts)
 
 def save_drawing(steps, directory):
     """Write the last of the pictures, uint8 (steps, H, W, 3), as a PNG and all of them as a GIF."""
-    paths = ((directory / f"{n:03d}.png", directory / f"{n:03d}.gif") for n in count(1))
-    png, gif = next(pair for pair in paths if not any(path.exists() for path in pair))
+    n = next(n for n in count(1) if not any(directory.glob(f"{n:03d}.*")))
     directory.mkdir(parents=True, exist_ok=True)
+    png, gif = directory / f"{n:03d}.png", directory / f"{n:03d}.gif"
     plots.enlarge(steps[-1], 256).save(png)
     plots.save_gif(steps, gif)
     print(png, gif)
@@ -93,43 +84,30 @@ def main(argv=None):
     checkpoint = load_checkpoint(args.run)
     cfg = build(Config, checkpoint["cfg"])
     tokenizer, model, vae = build_models(cfg, checkpoint["words"], device, checkpoint)
-    if args.guidance_scale is None:
-        args.guidance_scale = checkpoint["run"]["guidance_scale"]
-    if args.eta is None:
-        args.eta = checkpoint["run"]["eta"]
     try:
-        prompts = [parse_prompt(prompt, cfg.image_size) for prompt in args.prompts or [""]]
+        prompts = [parse_prompt(prompt, cfg.image_size) for prompt in args.prompts]
     except ValueError as error:
         sys.exit(str(error))
-    texts = [part for prompt in prompts for part in prompt if isinstance(part, str)]
+    parts = [part for prompt in prompts for part in prompt]
+    texts = [part for part in parts if isinstance(part, str)]
+    if len(texts) < len(parts) and not is_trained(vae):
+        sys.exit(f"{args.run} was trained on text alone, so a prompt cannot have pictures.")
     unknown = {word for text in texts for word in caption_words(text)} - set(checkpoint["words"])
     if unknown:
         print(f"The model may not know: {', '.join(sorted(unknown))}")
-    if not is_trained(vae) and any(not isinstance(part, str) for p in prompts for part in p):
-        sys.exit(f"{args.run} was trained on text alone, so a prompt cannot have pictures.")
-
-    drawings = defaultdict(list)  # {(id of a document, index of an image in it): its steps}
-    bar = tqdm(desc="drawing", unit="step", disable=None)
-
-    def show(documents, images):
-        bar.update()
-        for document, image in zip(documents, images):
-            drawings[id(document), len(document)].append(image)
 
     torch.manual_seed(args.seed)
-    documents = generate(
-        model, encode(prompts, tokenizer, vae),
-        max_tokens=args.max_tokens, max_images=args.max_images,
-        steps=args.steps, guidance_scale=args.guidance_scale, eta=args.eta,
-        temperature=args.temperature, show=show,
-    )
-    bar.close()
-    for document in documents:
+    for prompt in encode(prompts, tokenizer, vae):
+        steps = []  # of all images, one after the other
+        [document] = generate(
+            model, [prompt], max_images=4, steps=args.steps, guidance_scale=args.guidance_scale,
+            eta=args.eta, temperature=args.temperature, show=steps.append,
+        )
         print(as_text(document, tokenizer))
-        for i in range(len(document)):
-            if (id(document), i) in drawings:
-                steps = vae.decode(torch.stack(drawings[id(document), i]))
-                save_drawing(steps.cpu().numpy(), args.out)
+        drawn = [item for item in document[len(prompt) :] if not isinstance(item, int)]
+        for i, image in enumerate(drawn):
+            shown = steps[args.steps * i : args.steps * (i + 1)] or [image[None]]
+            save_drawing(vae.decode(torch.cat(shown)).cpu().numpy(), args.out)
 
 if __name__ == "__main__":
     try:

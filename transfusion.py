@@ -489,7 +489,7 @@ class Transfusion(Llama):
             x0 = guide(conditional, unconditional, guidance_scale)
             x0 = x0.clamp(-5, 5)  # an x0 that is computed from eps can be huge near t = 1
             xt = p_sample(xt, x0, t, t_next, eta)
-            show(documents, xt)
+            show(xt)
         return xt
 
 # ---- Generation ----------------------------------------------------------------------------------
@@ -534,14 +534,14 @@ def generate(
     model, documents, max_tokens=64, max_images=1,
     steps=50, guidance_scale=2.0, eta=0.0,  # for diffusion mode
     temperature=0.0,  # for LM mode
-    show=lambda documents, images: None,
+    show=lambda xt: None,
 ):
     """Section 3, inference: continue documents, lists of tokens and images, until EOS.
 
     The model itself switches to diffusion mode, by predicting BOI. After a finished image, `pack`
     inserts EOI, and LM mode goes on. A document also ends after max_tokens without an image, or at
     the next BOI once it has max_images new images. `show` is called after every denoising step,
-    with the documents that get an image, and the images at this step.
+    with the images x_t.
     """
     documents = [list(document) for document in documents]  # copies, which grow below
     active = documents

@@ -40,9 +40,9 @@ def main(argv=None):
         scores = metrics["scores"]
         cells = [f"{scores[name][0]:.3f}" if name in scores else "" for name in SCORES]
         costs = [f"{metrics['flops']:.2g}", f"{metrics['minutes']:.1f}"]
-        rows.append([directory.name, f"`{metrics['command']}`", *cells, *costs])
+        rows.append([directory.name, *cells, *costs])
         columns.append(drawings(directory, directory.name, slice(None), n=6))
-    print(markdown(["run", "command", *SCORES, "FLOPs", "minutes"], rows))
+    print(markdown(["run", *SCORES, "FLOPs", "minutes"], rows))
     columns = [column for column in columns if column]  # a run on text alone draws nothing
     if columns:
         plots.arrange(columns, len(columns), gap=24).save("compare.png")

@@ -8,11 +8,13 @@ import json
 import math
 import os
 import random
+import sys
 import time
 from dataclasses import asdict, replace
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from data import plots, shapes
 from transfusion import (
@@ -74,7 +76,7 @@ class Trained:
         for part in self.encode_in_parts(prompts):
             chosen += (next_logits(self.model, part).argmax(-1) == BOI).tolist()
             images = self.model.draw(
-                part, run.sample_steps, run.guidance_scale, run.eta, show=lambda *_: None
+                part, run.sample_steps, run.guidance_scale, run.eta, show=lambda xt: None
             )
             pictures.append(self.vae.decode(images).cpu().numpy())
         return np.concatenate(pictures), float(np.mean(chosen))
@@ -228,9 +230,15 @@ def validate(trained, task):
     drawings = [] if report.pictures is None else [torch.from_numpy(report.pictures[:12])]
     return {name: value for name, (value, _) in report.scores.items()}, drawings
 
+# What evaluations print: scores with these prefixes. log.csv has all of them.
+SHOWN = ("loss", "caption_acc", "draw_acc", "edit_acc", "caption_match", "draw_match")
+
 def write_progress(directory, history, drawings):
-    """Write log.csv and progress.png, with one row per validation."""
+    """Write log.csv and progress.png, with one row per validation, and print the last row."""
     names = list(history[-1])
+    shown = [f"{name} {history[-1][name]:.3f}" for name in names if name.startswith(SHOWN)]
+    tqdm.write(f"step {history[-1]['step']}  " + "  ".join(shown))
+    sys.stdout.flush()
     rows = [names] + [[f"{row.get(name, math.nan):.6g}" for name in names] for row in history]
     text = "".join(",".join(row) + "\n" for row in rows)
     try_to_write(directory / "log.csv", lambda path: path.write_text(text))
@@ -285,7 +293,7 @@ def write_scores(trained, task, directory, checkpoint):
         print(f"{name:14} {value:8.4f}   {beside}")
     figure = draw_figure(report, trained.model, trained.tokenizer)
     try_to_write(directory / "figure.png", figure.save)
-    metrics = {name: checkpoint[name] for name in ("command", "step", "minutes", "flops")} | {
+    metrics = {name: checkpoint[name] for name in ("step", "minutes", "flops")} | {
         "scoring_minutes": (time.time() - start_time) / 60,
         "machine": f"{device_name(trained.model.device)}, torch {torch.__version__}",
         "cfg": asdict(trained.model.cfg), "run": asdict(run), "scores": report.scores,
