@@ -12,11 +12,11 @@ evaluation), figure.png (the attention mask, and drawings of held-out captions),
 run.json with all settings. Ctrl-C saves a checkpoint, and --resume goes on from it.
 
 With --resume and --eval-only, options that are not given come from the checkpoint. With --init,
-only those of the model do (the fields of Config in transfusion.py).
+only those of the model do (the fields of Config in transfusion.py), unless the task has its own.
 
 To add an option, add a field to Config or to Run. To add a part of the loss, add it in `loss` in
-transfusion.py, and return it with the other parts: it is logged under its name. To add a task or a
-score, see data/tasks.py, and SHOWN below.
+transfusion.py, and return it with the other parts: log.csv calls it loss_ and its name. To add a
+task or a score, see data/tasks.py.
 """
 
 import atexit
@@ -34,6 +34,7 @@ from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescrip
 from dataclasses import asdict, dataclass, fields
 from itertools import count
 from pathlib import Path
+from threading import Event
 from typing import Literal, get_args
 
 import numpy as np
@@ -68,7 +69,7 @@ class Run:
     # DEVIATION: the paper uses AdamW throughout (--optimizer adamw --lr 2e-3).
     optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices of the transformer
     lr: float = 4e-3  # peak learning rate
-    eval_every: int = 0  # steps between evaluations, which write a checkpoint; 0: a tenth of steps
+    evaluations: int = 10  # how often to evaluate, and to write a checkpoint, during training
     eval_n: int = 512  # examples per score in the final table
     val_n: int = 32  # examples per score in each evaluation before it
     eval_split: Literal["test", "val"] = "test"  # test for final results, val to choose settings
@@ -77,19 +78,12 @@ class Run:
     guidance_scale: float = 2.0  # classifier-free guidance in evaluations; 1 turns it off
 
     def __post_init__(self):
-        numbers = self.documents, self.batch_size, self.accumulate, self.sample_steps
-        if min(numbers) < 1 or min(self.steps, self.eval_every) < 0:
-            raise ValueError("documents, batch_size, accumulate and sample_steps must be at least "
-                             "1, and steps and eval_every at least 0")
-        if min(self.eval_n, self.val_n) < 2:
-            raise ValueError("eval_n and val_n must be at least 2")
-        if not 0 <= self.seed < 10**9:
-            raise ValueError(f"seed must be at least 0 and less than a billion, not {self.seed}")
+        numbers = self.documents, self.batch_size, self.accumulate, self.evaluations
+        if min(*numbers, self.sample_steps) < 1 or min(self.eval_n, self.val_n) < 2:
+            raise ValueError("eval_n and val_n must be at least 2, and documents, batch_size, "
+                             "accumulate, evaluations and sample_steps at least 1")
         if not 0 < self.caption_first <= 1 or not 0 <= self.unconditional_share < 1:
             raise ValueError("caption_first and unconditional_share must be shares of documents")
-
-# What evaluations print: scores with these prefixes. log.csv has all of them.
-SHOWN = ("loss", "caption_acc", "draw_acc", "edit_acc", "caption_match", "draw_match")
 
 PAPER = {"target": "eps", "t_power": 1.0, "qk_norm": False}  # the paper's choices for the model
 PAPER_SIZE = PAPER | {
@@ -112,27 +106,26 @@ def parse_options(argv):
         description=__doc__, formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS
     )
     parser.add_argument("--preset", choices=PRESETS, help="options to start from")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", dest="mode", action="store_const", const="resume",
-                      default="train", help="continue the run in --run; --steps sets a new end")
-    mode.add_argument("--eval-only", dest="mode", action="store_const", const="eval_only",
-                      help="only score the checkpoint in --run")
-    for options in (Config, Run):
-        lines = inspect.getsource(options).splitlines()
+    parser.add_argument("--resume", dest="mode", action="store_const", const="resume",
+                        help="continue the run in --run; --steps sets a new end")
+    parser.add_argument("--eval-only", dest="mode", action="store_const", const="eval_only",
+                        help="only score the checkpoint in --run")
+    for kind in (Config, Run):
+        lines = inspect.getsource(kind).splitlines()
         comments = {line.split(":")[0].strip(): line.partition("  # ")[2] for line in lines}
-        for f in fields(options):
+        for f in fields(kind):
             text = comments[f.name].replace("%", "%%")
             if f.default != "":
                 text += f" [{f.default}]"
-            choices = TASKS if f.name == "task" else get_args(f.type) or None
+            choices = TASKS if f.name == "task" else get_args(f.type)
             if f.type is bool:
-                kind = {"action": BooleanOptionalAction}
+                settings = {"action": BooleanOptionalAction}
             else:
-                kind = {"choices": choices} if choices else {"type": f.type}
-            parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
+                settings = {"choices": choices} if choices else {"type": f.type}
+            parser.add_argument("--" + f.name.replace("_", "-"), help=text, **settings)
     given = vars(parser.parse_args(argv))
-    mode, preset = given.pop("mode"), given.pop("preset", None)
-    return mode, PRESETS.get(preset, {}) | given
+    preset = PRESETS.get(given.pop("preset", None), {})
+    return given.pop("mode", "train"), preset | given
 
 def build(kind, options):
     """A Config or a Run from the options that are fields of it."""
@@ -146,29 +139,19 @@ def build(kind, options):
 def main(argv=None):
     start_time = time.time()
     mode, options = parse_options(argv)
-    device, rank, n_processes = start_processes(options.get("device", "auto"))
     task_name = options.get("task", "folder" if "data" in options else "shapes")
     directory = Path(options.setdefault("run", default_directory(task_name, options)))
-
-    command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
-    if mode in ("resume", "eval_only"):  # go on with a run, or score it
+    checkpoint, defaults = None, TASKS[task_name].defaults | {"task": task_name}
+    if mode != "train":  # go on with a run, or score it
         checkpoint = load_checkpoint(directory)
-        cfg = build(Config, checkpoint["cfg"] | options)
-        run = build(Run, checkpoint["run"] | options)
-        command = checkpoint["command"]
+        defaults = checkpoint["cfg"] | checkpoint["run"]
     elif "init" in options:  # start from the model of another run
         checkpoint = load_checkpoint(options["init"])
-        options = TASKS[task_name].defaults | options | {"task": task_name}
-        cfg = build(Config, checkpoint["cfg"] | options)
-        run = build(Run, options)
-    else:  # start from scratch
-        checkpoint = None
-        options = TASKS[task_name].defaults | options | {"task": task_name}
-        cfg = build(Config, options)
-        run = build(Run, options)
+        defaults = checkpoint["cfg"] | defaults
+    cfg, run = build(Config, defaults | options), build(Run, defaults | options)
 
-    # `averaged` is the moving average of the model's weights ("ema" in the checkpoint). It is what
-    # is scored. `best` is a copy of it from the best evaluation so far.
+    # `averaged` is the moving average of the weights of `model`. It is what is scored.
+    device, rank, n_processes = start_processes(run.device)
     torch.manual_seed(run.seed)  # in all processes, so that they start with the same model
     task = build_task(run, cfg)
     words = checkpoint["words"] if checkpoint else task.words
@@ -178,31 +161,32 @@ def main(argv=None):
         if rank == 0:
             write_scores(trained, task, directory, checkpoint)
         return
-    n_documents = documents_per_part(run, n_processes)
+    part_size = size_of_part(run, n_processes)
     model = copy.deepcopy(averaged).requires_grad_(True)
     optimizers = make_optimizers(model, run)
-    first_step, history, drawings = 0, [], []
-    best = copy.deepcopy(averaged.state_dict())
+    first_step, history, drawings, best = 0, [], [], None
     if mode == "resume":
         states = [checkpoint["model"], checkpoint["ema"], *checkpoint["optimizers"]]
         load_states([model, averaged, *optimizers], states)
         first_step, history = checkpoint["step"], checkpoint["history"]
-        drawings = checkpoint["drawings"]
+        drawings, best = checkpoint["drawings"], checkpoint["best"]
         start_time -= 60 * checkpoint["minutes"]  # so that earlier minutes count
-    settings = {"command": command, "cfg": asdict(cfg), "run": asdict(run)}
     if rank == 0:
-        prepare_directory(directory, mode, settings)
-    documents = prepare_documents(task, run, tokenizer, vae, n_processes)  # trains the VAE
-    flops = flops_per_document(model, documents)
+        prepare_directory(directory, mode, cfg, run)
+    documents = task.documents(run.documents, run.seed)
+    train_vae(vae, documents, run.vae_steps, n_processes)
+    documents = encode(documents, tokenizer, vae)
 
-    interrupted = catch_ctrl_c(rank)  # a list, no longer empty after Ctrl-C
+    eval_every = math.ceil(run.steps / run.evaluations)
+    flops = run.batch_size * flops_per_document(model, documents)
+    interrupted = catch_ctrl_c(rank)
     losses = []  # since the last evaluation
     bar = progress_bar(range(first_step, run.steps), "model")
     for step in bar:
         # The random numbers of a step depend on nothing before it, so --resume repeats it exactly.
-        torch.manual_seed((run.seed * 10**6 + step) * 1000 + rank)
+        torch.manual_seed(hash((run.seed, step, rank)))
         for _ in range(run.accumulate):
-            chosen = torch.randint(len(documents), (n_documents,)).tolist()
+            chosen = torch.randint(len(documents), (part_size,)).tolist()
             with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
                 loss, parts = model.loss([documents[i] for i in chosen])
             (loss / run.accumulate).backward()
@@ -214,55 +198,53 @@ def main(argv=None):
                      f"{grad_norm}. The last checkpoint, if there is one, is kept.")
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(run, step)
+                group["lr"] = learning_rate(step, run.steps, run.lr)
             optimizer.step()
             optimizer.zero_grad()
         update_average(averaged, model, step)
 
-        # Log, evaluate, save: all in the first process, with the losses of the last part of its
-        # batch. The last step is always an evaluation.
+        # Log, evaluate and save: only in the first process. The logged losses are its own.
+        if rank > 0:
+            continue
         losses.append({f"loss_{k}": torch.as_tensor(part).item() for k, part in parts.items()})
         bar.set_postfix({name: f"{value:.3f}" for name, value in losses[-1].items()})
-        is_evaluation = (step + 1) % run.eval_every == 0 or step + 1 == run.steps
-        if rank == 0 and is_evaluation:
+        is_evaluation = (step + 1) % eval_every == 0 or step + 1 == run.steps
+        if is_evaluation:
             means = {k: sum(row[k] for row in losses) / len(losses) for k in losses[0]}
+            losses = []
             scores, pictures = validate(trained, task)
             history.append({"step": step + 1} | means | scores)
             drawings += pictures
-            losses = []
+            write_progress(directory, history, drawings)
             if best_row(history) is history[-1]:
                 best = copy.deepcopy(averaged.state_dict())
-            write_progress(directory, history, drawings)
-            shown = {k: v for k, v in history[-1].items() if k.startswith(SHOWN)}
-            tqdm.write(f"step {step + 1}  " + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()))
-            sys.stdout.flush()
-        if rank == 0 and (is_evaluation or interrupted):
-            checkpoint = settings | {
-                "words": words, "step": step + 1, "history": history, "drawings": drawings,
-                "minutes": (time.time() - start_time) / 60,
-                "flops": flops * run.batch_size * (step + 1),
-                "vae": vae.state_dict(), "model": model.state_dict(), "ema": averaged.state_dict(),
+        if is_evaluation or interrupted.is_set():
+            checkpoint = {
+                "cfg": asdict(cfg), "run": asdict(run), "words": words, "step": step + 1,
+                "history": history, "drawings": drawings, "flops": flops * (step + 1),
+                "minutes": (time.time() - start_time) / 60, "vae": vae.state_dict(),
+                "model": model.state_dict(), "ema": averaged.state_dict(),
                 "best": best if history else averaged.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
             save_checkpoint(checkpoint, directory / "ckpt.pt")
-        if interrupted:
+        if interrupted.is_set():
             again = shlex.join(["python", "train.py", "--resume", "--run", str(directory)])
             sys.exit(f"Stopped after step {step + 1}. To go on: {again}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    averaged.load_state_dict(best)
     if rank == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C stops again at once
+        averaged.load_state_dict(best)
         write_scores(trained, task, directory, checkpoint)
 
 # ---- What main calls -----------------------------------------------------------------------------
 
-def learning_rate(run, step):
+def learning_rate(step, steps, peak):
     """Linear warm-up for 2 percent of the steps, then a linear decay to zero.
 
     DEVIATION: the paper's warm-up is 1.6 percent of the steps, and its decay a cosine to 1.5e-5.
     """
-    warmup = 0.02 * run.steps
-    return run.lr * min((step + 1) / warmup, (run.steps - step) / (run.steps - warmup))
+    warmup = 0.02 * steps
+    return peak * min((step + 1) / warmup, (steps - step) / (steps - warmup))
 
 @torch.no_grad()
 def update_average(averaged, model, step):
@@ -276,7 +258,7 @@ def average_gradients(model, n_processes):
         dist.all_reduce(p.grad)
         p.grad /= n_processes
 
-def documents_per_part(run, n_processes):
+def size_of_part(run, n_processes):
     """How many documents a process takes at a time: a batch has n_processes * accumulate parts."""
     n_parts = run.accumulate * n_processes
     if run.batch_size % n_parts:
@@ -284,23 +266,12 @@ def documents_per_part(run, n_processes):
     return run.batch_size // n_parts
 
 def catch_ctrl_c(rank):
-    """From here on, Ctrl-C only adds an item to this list. Only the first process listens to it."""
-    interrupted = []
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN if rank else lambda *_: interrupted.append("Ctrl-C")
-    )
+    """From here on, Ctrl-C only sets this event. Only the first process listens to it."""
+    interrupted = Event()
+    signal.signal(signal.SIGINT, signal.SIG_IGN if rank else lambda *_: interrupted.set())
     return interrupted
 
-def prepare_documents(task, run, tokenizer, vae, n_processes):
-    """The training documents as tokens and images, for which the VAE is trained first."""
-    documents = task.documents(run.documents, run.seed)
-    train_vae(vae, documents, run.vae_steps)
-    if n_processes > 1:  # GPUs may round differently, but all processes need the same VAE
-        for tensor in vae.state_dict().values():
-            dist.broadcast(tensor, src=0)
-    return encode(documents, tokenizer, vae)
-
-def train_vae(vae, documents, steps):
+def train_vae(vae, documents, steps, n_processes):
     """Train the VAE on the pictures of documents, unless it is trained already, and freeze it."""
     # Each picture once, although several documents of a folder may share it.
     parts = {id(part): part for document in documents for part in document}
@@ -310,9 +281,9 @@ def train_vae(vae, documents, steps):
         pictures = torch.from_numpy(np.stack(pictures))
         vae.requires_grad_(True).train()
         optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.95), weight_decay=0)
-        for step in (bar := progress_bar(range(steps), "VAE  ")):
-            warmup = min(1, (step + 1) / 30)
-            optimizer.param_groups[0]["lr"] = 2e-3 * warmup * (1 - step / steps)
+        bar = progress_bar(range(steps), "VAE")
+        for step in bar:
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak=2e-3)
             loss = vae.loss(pictures[torch.randint(len(pictures), (16,))])
             if not torch.isfinite(loss):
                 sys.exit(f"Stopped: the loss of the VAE is {loss} at step {step + 1}.")
@@ -321,6 +292,9 @@ def train_vae(vae, documents, steps):
             optimizer.step()
             bar.set_postfix(loss=f"{loss.item():.4f}")
     vae.requires_grad_(False).eval()
+    if n_processes > 1:  # GPUs may round differently, but all processes need the same VAE
+        for tensor in vae.state_dict().values():
+            dist.broadcast(tensor, src=0)
 
 def is_trained(vae):
     """Its BatchNorm has counted the training steps."""
@@ -329,63 +303,53 @@ def is_trained(vae):
 @torch.no_grad()
 def flops_per_document(model, documents):
     """PyTorch counts those of the forward pass. A backward pass costs twice as many."""
+    documents = documents[:256]
     with FlopCounterMode(display=False) as counter:
-        model.logits(documents[:256])
-    return 3 * counter.get_total_flops() / len(documents[:256])
+        model.logits(documents)
+    return 3 * counter.get_total_flops() / len(documents)
 
 # ---- Optimisers ----------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024): momentum whose updates are made nearly orthogonal.
 
-    The same as torch.optim.Muon(adjust_lr_fn="match_rms_adamw", ns_steps=3), but in fp32 and for
-    all matrices of one shape at once, which is ten times as fast on a CPU without bf16.
+    The same as torch.optim.Muon(adjust_lr_fn="match_rms_adamw", ns_steps=3), but in fp32, which is
+    several times as fast on a CPU without bf16.
     """
-
-    def __init__(self, params, lr, weight_decay, momentum=0.95):
-        shapes = sorted({p.shape for p in params})
-        groups = [{"params": [p for p in params if p.shape == shape]} for shape in shapes]
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self):
+    def step(self, momentum=0.95):
         for group in self.param_groups:
-            params, lr, momentum = group["params"], group["lr"], group["momentum"]
-            grad = torch.stack([p.grad for p in params])  # (matrices, rows, columns)
-            state = self.state[params[0]]  # of the whole group
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(grad)
-            state["momentum"].lerp_(grad, 1 - momentum)
-            update = orthogonalise(grad.lerp(state["momentum"], momentum))  # Nesterov momentum
-            scale = 0.2 * max(grad.shape[1:]) ** 0.5  # matches the RMS of AdamW's update
-            for p, u in zip(params, update):
-                p.mul_(1 - lr * group["weight_decay"])
-                p.add_(u, alpha=-lr * scale)
+            for p in group["params"]:
+                average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - momentum)
+                update = orthogonalise(p.grad.lerp(average, momentum))  # Nesterov momentum
+                scale = 0.2 * max(p.shape) ** 0.5  # matches the RMS of AdamW's update
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * scale)
 
 def orthogonalise(x, steps=3):
-    """Newton-Schulz iteration: a polynomial moves all singular values of the matrices x
-    (n, rows, columns) towards 1.
-    """
-    if x.shape[1] > x.shape[2]:
-        return orthogonalise(x.mT, steps).mT  # the products below are smaller this way
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    """Newton-Schulz iteration: a polynomial moves all singular values of a matrix towards 1."""
+    if x.shape[0] > x.shape[1]:
+        return orthogonalise(x.T, steps).T  # the products below are smaller this way
+    x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
-        xx = x @ x.mT
+        xx = x @ x.T
         x = 3.4445 * x + (-4.775 * xx + 2.0315 * xx @ xx) @ x
     return x
 
-def make_optimizers(model, run, weight_decay=0.1):
+def make_optimizers(model, run):
     """Muon for the matrices of the transformer, AdamW for the rest. Vectors do not decay."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     muon = matrices if run.optimizer == "muon" else []
     rest = [p for p in model.parameters() if not any(p is q for q in muon)]
     groups = [
-        {"params": [p for p in rest if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.1},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizers = [torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), eps=1e-8)]
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95))]
     if muon:
-        optimizers.append(Muon(muon, run.lr, weight_decay))
+        optimizers.append(Muon(muon, {"weight_decay": 0.1}))
     return optimizers
 
 # ---- Processes, models, files --------------------------------------------------------------------
@@ -397,21 +361,23 @@ def start_processes(name):
             stream.reconfigure(errors="replace")  # an odd character never stops a run
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        sys.exit(f"The device {name} is not available: {reason}")
     if not dist.is_torchelastic_launched():  # by torchrun
-        return device, 0, 1
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return usable_device(name), 0, 1
+    if name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
+    dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
     atexit.register(dist.destroy_process_group)
     if dist.get_rank() > 0:
         sys.stdout = io.StringIO()  # only the first process reports
-    return device, dist.get_rank(), dist.get_world_size()
+    return usable_device(name), dist.get_rank(), dist.get_world_size()
+
+def usable_device(name):
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        sys.exit(f"The device {name} is not available: {reason}")
 
 def progress_bar(steps, description):
     """A bar in the terminal of the first process. Where there is no terminal, there is no bar."""
@@ -420,13 +386,12 @@ def progress_bar(steps, description):
     return tqdm(steps, description, steps.stop, initial=steps.start, disable=disable)
 
 def build_task(run, cfg):
-    """The task. It also sets those numbers of steps in `run` that are 0."""
+    """The task. If no number of steps was chosen, it is that of the task."""
     try:
         task = TASKS[run.task](run, cfg.image_size)
     except ValueError as error:  # it cannot use these options, or this folder
         sys.exit(str(error))
     run.steps = run.steps or task.steps
-    run.eval_every = run.eval_every or math.ceil(run.steps / 10)
     return task
 
 def build_models(cfg, words, device, checkpoint=None):
@@ -455,12 +420,11 @@ def load_checkpoint(directory):
         sys.exit(f"There is no checkpoint at {path}: train a model first (python train.py).")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = [key for key in ("cfg", "run", "words", "vae", "best") if key not in checkpoint]
+        if "best" not in checkpoint:
+            raise ValueError("it is of another version")
     except Exception as error:  # torch.load raises many kinds
         reason = f"{type(error).__name__} {error}".partition("\n")[0]
         sys.exit(f"{path} is not a checkpoint: {reason}")
-    if missing:
-        sys.exit(f"{path} is not a checkpoint of this version: it lacks {', '.join(missing)}.")
     return checkpoint
 
 def save_checkpoint(checkpoint, path):
@@ -480,27 +444,22 @@ def default_directory(name, options):
         name = "chameleon"
     return f"runs/{Path(options['data']).resolve().name if 'data' in options else name}"
 
-def prepare_directory(directory, mode, settings):
+def prepare_directory(directory, mode, cfg, run):
     """Write run.json. An earlier run there is renamed. Exits if anything else is there."""
-    init = settings["run"]["init"]
-    if init and Path(init).resolve() == directory.resolve():
-        sys.exit(f"--init and --run are both {directory}. Choose another directory with --run.")
     if mode == "train" and (directory / "run.json").is_file():
         names = (directory.with_name(f"{directory.name}.{i}") for i in count(1))
         new_name = next(path for path in names if not path.exists())
         directory.rename(new_name)
         print(f"The earlier run in {directory} is now {new_name}.")
-    elif mode == "train" and os.path.lexists(directory) and not is_empty(directory):
+    elif mode == "train" and (directory.is_file() or any(directory.glob("*"))):
         sys.exit(f"{directory} is not the output of an earlier run. Choose another with --run.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "metrics.json").unlink(missing_ok=True)  # scores of an earlier step
+        settings = {"cfg": asdict(cfg), "run": asdict(run)}
         (directory / "run.json").write_text(json.dumps(settings, indent=1))
     except OSError as error:
         sys.exit(f"Cannot write to {directory}: {error}.")
-
-def is_empty(directory):
-    return directory.is_dir() and not any(directory.iterdir())
 
 if __name__ == "__main__":
     try:

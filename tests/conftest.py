@@ -17,7 +17,7 @@ torch.set_num_threads(1)  # the fastest for models as small as these
 ROOT = Path(__file__).parents[1]
 SMALL_MODEL = {"dim": 32, "n_layers": 2, "n_heads": 2, "vae_dim": 8}
 SMALL_RUN = {
-    "documents": 400, "vae_steps": 10, "steps": 12, "eval_every": 4, "batch_size": 8,
+    "documents": 400, "vae_steps": 10, "steps": 12, "evaluations": 3, "batch_size": 8,
     "eval_n": 20, "sample_steps": 2, "device": "cpu", "lr": 0.01,
 }
 
