@@ -68,7 +68,7 @@ class Run:
     accumulate: int = 1  # parts into which each process splits its batch, to save memory
     # DEVIATION: the paper uses AdamW throughout (--optimizer adamw --lr 2e-3).
     optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices of the transformer
-    lr: float = 4e-3  # peak learning rate
+    lr: float = 6e-3  # peak learning rate
     evaluations: int = 10  # how often to evaluate, and to write a checkpoint, during training
     eval_n: int = 512  # examples per score in the final table
     val_n: int = 32  # examples per score in each evaluation before it
@@ -85,13 +85,13 @@ class Run:
         if not 0 < self.caption_first <= 1 or not 0 <= self.unconditional_share < 1:
             raise ValueError("caption_first and unconditional_share must be shares of documents")
 
-PAPER = {"target": "eps", "t_power": 1.0, "qk_norm": False}  # the paper's choices for the model
+PAPER = {"target": "eps", "t_power": 1.0}  # the paper's choices for the model
 PAPER_SIZE = PAPER | {
     "image_size": 256, "latent_size": 32, "latent_channels": 8, "vae_dim": 128, "bf16": True,
 }
 PRESETS = {
     "laptop-paper": PAPER,
-    "chameleon": {"model": "chameleon", "lr": 2e-3, "vae_steps": 3000},
+    "chameleon": {"model": "chameleon", "qk_norm": True, "lr": 2e-3, "vae_steps": 3000},
     # The paper's sizes, for --data. Its VAE and its U-Net are larger than these.
     "0.16B": PAPER_SIZE | {"dim": 768, "n_layers": 16, "n_heads": 12},
     "0.37B": PAPER_SIZE | {"dim": 1024, "n_layers": 24, "n_heads": 16},

@@ -4,71 +4,73 @@ Zhou et al., "Transfusion: Predict the Next Token and Diffuse Images with One Mu
 arXiv 2408.11039.
 
 Text and images share one sequence. Text is a run of tokens, trained with next-token prediction. An
-image is a run of continuous vectors, the patches of its VAE latents, trained with diffusion. The
-tokens BOI and EOI (beginning and end of image) surround it. Attention is causal, except that the
-patches of one image all see each other. To generate, the model writes text until it predicts BOI.
-Then it denoises an image, and carries on with text. (In this file a "picture" is pixels, and an
-"image" is the latents of a picture.)
+image is a run of patches, trained with diffusion. The tokens BOI and EOI (beginning and end of
+image) surround it. Attention is causal, except that the patches of one image all see each other. To
+generate, the model writes text until it predicts BOI. Then it denoises an image, and carries on
+with text.
 
-Three training documents, with images of two patches. The row "predicts" is the target of the LM
-loss at each position ("-": none). The row "t" is the noise level of each image.
+The patches are cut from the latents of a VAE. In this file, "image" always means these latents. The
+pixels are called a "picture".
 
-    draw what a caption says
+Three training documents, with images of two patches. Row "predicts" has the target of the LM loss
+at each position, or "-" if there is none. Row "t" has the noise level of each image: 0 is clean,
+and 1 is pure noise.
+
+    text to image
         input     BOS  a    red     circle  .    BOI  patch  patch  EOI  EOS
         predicts  a    red  circle  .       BOI  -    -      -      EOS  -
-        t                                             t1     t1
+        t                                             t <= 1
 
-    caption an image
+    captioning
         input     BOS  BOI  patch  patch  EOI  a    red     circle  .    EOS
         predicts  BOI  -    -      -      a    red  circle  .       EOS  -
-        t                   t1     t1
+        t                   t <= 0.5
 
-    edit an image
+    editing
         input     BOS  BOI  patch  patch  EOI  make  it     green  .    BOI  patch  patch  EOI  EOS
         predicts  BOI  -    -      -      make it    green  .      BOI  -    -      -      EOS  -
-        t                   t1     t1                                        t2     t2
+        t                   t <= 0.5                                     t <= 1
 
-BOI is always followed by the N patches of the image and EOI, so the model never has to predict
-these. It predicts text, BOI and EOS. At a patch, the output of the transformer is the prediction
-for that same patch, not for the next one.
+After BOI, the N patches and EOI always follow, so there is nothing to predict. The LM loss is on
+text, BOI and EOS only. At a patch, the transformer denoises that same patch, not the next one.
 
-Each image has its own noise level t, from 0 (clean) to 1 (pure noise), and a diffusion loss. An
-image that comes first in a document, with something after it, is there to be captioned or edited,
-which is impossible with pure noise. So its t is at most 0.5, the noise cap. Any other image is
-there to be generated, which starts from pure noise. So its t can be anything up to 1.
+Every image has a noise level of its own and a diffusion loss. The first image of a document is an
+input if something follows it: it is captioned or edited. Pure noise cannot be captioned, so its t
+is at most 0.5, the noise cap. Every other image is an output. Generation starts from pure noise, so
+its t goes up to 1.
 
-The training documents are a mixture: by default, 10 % text alone, 45 % caption first, and 45 %
-image first. DEVIATION: in the paper, 80 % of the pairs have the caption first. In a tenth of the
-documents with text before an image, the text is dropped, so that the model also learns to draw
-unconditionally, as classifier-free guidance needs. Both happen where documents are made, in
-data/tasks.py. `train.py --task edit` adds edits.
+`DEVIATION:` marks a difference from the paper, with the option that restores the paper's choice, if
+there is one. `NOT STATED:` marks what the paper leaves open.
+
+The documents come from data/tasks.py. A tenth are text alone, and the rest are a caption and its
+image. DEVIATION: half of these begin with the caption. In the paper, 80 % do (--caption-first 0.8).
+In a tenth of the documents with text before an image, the text is dropped. So the model also learns
+to generate images unconditionally, as classifier-free guidance needs.
 
 In code, one training step and one generation:
 
     loss, parts = model.loss(documents)
-    documents = generate(model, prompts)
+    documents = generate(model, documents)
 
 What the paper found. FID measures generated images (lower is better), CIDEr captions (higher is).
-    - Transfusion needs 3 % of the FLOPs of Chameleon, which turns images into discrete tokens, for
-      the same FID (7B parameters).
-    - Bidirectional attention inside images instead of causal: FID 61.3 -> 20.3 (0.76B).
-    - U-Net patches instead of linear ones: FID 20.3 -> 16.7, CIDEr 16.0 -> 25.4 (0.76B).
-    - The noise cap: CIDEr 25.4 -> 29.4 (0.76B, U-Net).
+    - Against Chameleon, which turns images into discrete tokens: the same FID with 3 % of the FLOPs
+      (7B parameters).
+    - Bidirectional attention inside images: FID 61.3 -> 20.3 (0.76B).
+    - U-Net patches on top of that: FID 20.3 -> 16.7, CIDEr 16.0 -> 25.4.
+    - The noise cap on top of that: CIDEr 25.4 -> 29.4.
 
-                              this toy         the paper
-    parameters                0.25M            0.16B to 7B
-    width of the transformer  64               768 to 4096
-    pixels of a picture       32 x 32          256 x 256
-    latents                   4 x 8 x 8        8 x 32 x 32
-    patches of an image       16, of 2 x 2     256, of 2 x 2
+                              here              the paper
+    parameters                0.25M             0.16B to 7B
+    width of the transformer  64                768 to 4096
+    picture                   32 x 32 pixels    256 x 256 pixels
+    image                     4 x 8 x 8         8 x 32 x 32
+    patches of an image       16, of 2 x 2      256, of 2 x 2
 
-The section "Generation" completes the method. After it come the tokenizer, the VAE, U-Net patches
+The method ends with the section "Generation". After it come the tokenizer, the VAE, U-Net patches
 and the baseline Chameleon.
-`DEVIATION:` marks a difference from the paper, with the option (if any) that restores the paper's
-choice. `NOT STATED:` marks what the paper leaves open.
 
-Shapes: B documents, T positions, M images in the batch, C x H x W latents of an image, N patches of
-an image, D width of the transformer, V size of the vocabulary.
+Shapes: B documents, T positions, M images in the batch, C x H x W an image, N patches of an image,
+D width of the transformer, V size of the vocabulary.
 """
 
 import math
@@ -85,23 +87,22 @@ from torch import nn
 
 @dataclass
 class Config:
-    """Each field is an option of train.py, and its comment is the help text. Skim them for now."""
+    """Each field is an option of train.py, and its comment is the help text. Come back to them."""
     model: Literal["transfusion", "chameleon"] = "transfusion"  # chameleon is the baseline
     dim: int = 64  # width of the transformer
     n_layers: int = 4  # number of transformer blocks
     n_heads: int = 4  # attention heads per block
-    # DEVIATION: the paper's Transfusion does not normalise queries and keys (--no-qk-norm).
-    qk_norm: bool = True  # normalise queries and keys
+    qk_norm: bool = False  # normalise queries and keys
     bidirectional: bool = True  # the patches of an image see each other; off: causal attention only
-    target: Literal["eps", "x0"] = "x0"  # what the model predicts from a noised image
-    t_power: float = 2.0  # t = u^(1 / t_power), u uniform: 1 is uniform, higher is noisier
-    patch_encoder: Literal["linear", "unet"] = "linear"  # between latents and transformer
+    target: Literal["eps", "x0"] = "x0"  # what the model predicts: the noise or the clean image
+    t_power: float = 2.0  # of the noise levels in training: 1 is uniform, more favours high noise
+    patch_encoder: Literal["linear", "unet"] = "linear"  # how patches enter and leave
     lambda_ddpm: float = 5.0  # weight of the diffusion loss, as in the paper
-    noise_cap: float = 0.5  # largest training t of a document's first image, if something follows
+    noise_cap: float = 0.5  # largest noise level in training of an image that is an input
     image_size: int = 32  # pixels per side of a picture
-    latent_size: int = 8  # resolution of an image: latents per side
+    latent_size: int = 8  # height and width of the latents
     latent_channels: int = 4  # channels of the latents
-    patch_size: int = 2  # latents per side of a patch
+    patch_size: int = 2  # height and width of a patch, in latents
     vae_dim: int = 24  # channels of the VAE at half the resolution of the picture
 
     def __post_init__(self):
@@ -110,29 +111,29 @@ class Config:
             raise ValueError("dim, n_layers, n_heads and the sizes must be at least 1")
         if not 0 < self.t_power < math.inf or not 0 <= self.noise_cap <= 1:
             raise ValueError("t_power must be more than 0, and noise_cap from 0 to 1")
-        self.grid = self.latent_size // self.patch_size  # patches per side of an image
-        self.n_patches = self.grid**2
-        self.latent_shape = (self.latent_channels, self.latent_size, self.latent_size)
-        if self.dim % (2 * self.n_heads):
+        if self.dim % (2 * self.n_heads):  # RoPE rotates pairs of features of each head
             raise ValueError(f"dim ({self.dim}) must be a multiple of 2 * n_heads")
-        if self.grid * self.patch_size != self.latent_size:
+        if self.latent_size % self.patch_size:
             raise ValueError(f"patch_size ({self.patch_size}) must divide latent_size")
         if self.patch_encoder == "unet" and self.patch_size not in (1, 2, 4, 8, 16):
             raise ValueError(f"patch_size ({self.patch_size}) must be a power of 2 for a U-Net")
         if self.image_size not in [self.latent_size * 2**n for n in range(1, 9)]:
             raise ValueError(f"image_size ({self.image_size}) must be latent_size * 2, 4, 8, ...")
+        self.grid = self.latent_size // self.patch_size  # patches per side of an image
+        self.n_patches = self.grid**2
+        self.latent_shape = (self.latent_channels, self.latent_size, self.latent_size)
 
 # ---- Documents -----------------------------------------------------------------------------------
 
-# The special tokens. The model never has to predict the first four.
+# The special tokens. The model never predicts the first four. Text tokens follow from N_SPECIAL on.
 PAD, BOS, EOI, PATCH, BOI, EOS = range(6)
-N_NEVER_PREDICTED, N_SPECIAL = 4, 6  # text tokens are numbered from N_SPECIAL
+N_NEVER_PREDICTED, N_SPECIAL = 4, 6
 
 def pack(documents, cfg, device):
     """Documents -> tokens (B, T) and images (M, C, H, W).
 
-    A document is a list, in reading order, of text tokens (int) and images, float (C, H, W). The
-    baseline Chameleon has discrete images: the tokens of their patches, int (N,).
+    A document is a list, in reading order, of text tokens (int) and images (C, H, W). In the
+    baseline Chameleon, an image is a run of tokens (N,) of its own.
     """
     rows, images = [], []
     for document in documents:
@@ -143,7 +144,7 @@ def pack(documents, cfg, device):
             elif item.is_floating_point():
                 row += [BOI] + [PATCH] * cfg.n_patches + [EOI]
                 images.append(item.to(device))
-            else:
+            else:  # an image of Chameleon
                 row += [BOI, *item.tolist(), EOI]
         rows.append([*row, EOS])
     rows = [torch.tensor(row, device=device) for row in rows]
@@ -152,91 +153,90 @@ def pack(documents, cfg, device):
     return tokens, images
 
 def next_tokens(tokens):
-    """Row "predicts" of the tables above: tokens (B, T) -> the token after each position but the
-    last, and whether it has an LM loss, both (B, T - 1).
+    """Row "predicts" of the tables above: the targets (B, T - 1) of all positions but the last, and
+    which of them have an LM loss, bool (B, T - 1).
     """
     targets = tokens[:, 1:]
     return targets, targets >= N_NEVER_PREDICTED
 
 def attention_mask(tokens, bidirectional=True):
-    """Section 3, "Transfusion attention": may the query (row) see the key (column)?
+    """Section 3, "Transfusion attention": which keys (columns) each query (row) attends to.
 
-    tokens (B, T) -> bool (B, 1, T, T), the same for all heads. Padding needs no rule of its own: it
-    is on the right, so causal attention already hides it.
+    tokens (B, T) -> bool (B, 1, T, T), the same for all heads. Padding is on the right, so causal
+    attention hides it.
     """
     T = tokens.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
-    # For each position: 1, 2, ... in the patches of the first, second, ... image, and 0 elsewhere.
-    image_number = (tokens == BOI).cumsum(1) * (tokens == PATCH)
-    same_image = image_number[:, :, None] == image_number[:, None, :]
-    same_image = same_image & (image_number > 0)[:, None, :]  # two zeros are not the same image
+    # The patches of the first image of a document have number 1, those of the second have 2, ...
+    number = (tokens == BOI).cumsum(1)
+    is_patch = tokens == PATCH
+    same_image = number[:, :, None] == number[:, None, :]
+    same_image = same_image & is_patch[:, :, None] & is_patch[:, None, :]
     return (causal | (same_image & bidirectional))[:, None]
 
 # ---- Diffusion -----------------------------------------------------------------------------------
 
 def noise_levels(u, cfg):
-    """Numbers u from 0 to 1 -> noise levels t. In training, u is random and uniform. In sampling, u
-    falls from 1 to 0 in equal steps.
+    """Uniform numbers u in [0, 1] -> noise levels t.
 
-    NOT STATED: the distribution of t. DDPM's is uniform, as here with t_power = 1. With 2, half of
-    the levels are above 0.71.
+    In training, u is random. In sampling, it falls from 1 to 0 in equal steps. NOT STATED: the
+    distribution of t. DDPM's is uniform (--t-power 1). Here t = sqrt(u), so that there is more
+    training, and there are more denoising steps, at high noise, where the text decides what
+    appears.
     """
     return u ** (1 / cfg.t_power)
 
 def alpha_bar(t):
-    """The share of the variance of x_t that is signal: noise levels t (M,) -> (M, 1, 1, 1).
+    """Cosine schedule (section 2.2): t (M,) -> the share of x_t's variance that is signal,
+    (M, 1, 1, 1).
 
-    Cosine schedule (section 2.2): sqrt(alpha_bar) = cos(t * pi / 2). Here t is continuous; the
-    paper's timestep is 1000 t. The clamp prevents division by zero.
+    sqrt(alpha_bar) = cos(t * pi / 2). Here t is continuous; the paper's timestep is 1000 t. The
+    clamp prevents divisions by zero below.
     """
     return torch.cos(t * math.pi / 2).square().clamp(1e-6, 1 - 1e-6)[:, None, None, None]
 
-def signal_and_noise(t):
-    """The scales a and s in x_t = a x0 + s eps. a^2 + s^2 = 1, and x0 and x_t have variance 1."""
-    return alpha_bar(t).sqrt(), (1 - alpha_bar(t)).sqrt()
-
 def q_sample(x0, eps, t):
     """Section 2.2: add noise eps ~ N(0, 1) to images x0, both (M, C, H, W), at levels t (M,)."""
-    a, s = signal_and_noise(t)
-    return a * x0 + s * eps
+    ab = alpha_bar(t)
+    return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
 
 def predicted_x0(xt, pred, t, target):
-    """The image x0 that a prediction means: x0 itself, or x_t = a x0 + s eps solved for x0.
+    """The clean image x0 that a prediction implies: x0 itself, or the equation of q_sample solved
+    for x0, if the prediction is eps.
 
-    DEVIATION: the paper predicts eps (--target eps; DDPM's uniform t goes with it: --t-power 1). At
-    this size, a model that predicts x0 learns to draw in far fewer training steps (data/README.md).
-    The reason lies near t = 1, where the text decides what is drawn. There x_t is almost eps, so a
-    model can predict eps well without reading the text. It cannot predict x0 without the text.
+    DEVIATION: the paper predicts eps (--target eps --t-power 1). At this size, a model that
+    predicts x0 learns text to image in far fewer steps (data/README.md). Near t = 1, x_t is almost
+    eps. So eps is easy to predict there without reading the text, but x0 is not.
     """
-    a, s = signal_and_noise(t)
-    return pred if target == "x0" else (xt - s * pred) / a
+    ab = alpha_bar(t)
+    return pred if target == "x0" else (xt - (1 - ab).sqrt() * pred) / ab.sqrt()
 
 def p_sample(xt, x0, t, t_next, eta):
     """One denoising step, from t to t_next < t, given the predicted x0.
 
-    x_t and x0 determine the noise eps. With the same eps, x0 is noised again, but to t_next: this
-    is DDIM, eta = 0. With eta > 0, fresh noise z of standard deviation sigma replaces a part of it:
+    x_t and x0 imply the noise eps. DDIM (eta = 0) noises x0 again with this eps, but to t_next.
+    DDPM (eta = 1) replaces a part of eps by fresh noise z:
         x_next = sqrt(ab_next) x0 + sqrt(1 - ab_next - sigma^2) eps + sigma z
-    so that the variance of all noise is still 1 - ab_next. The sigma below with eta = 1 makes this
-    DDPM's ancestral sampler (arXiv 2010.02502, equations 12 and 16). NOT STATED: the paper's.
+    Both leave a variance of 1 - ab_next to the noise. The formula for sigma is equation 16 of DDIM
+    (arXiv 2010.02502). NOT STATED: the sampler of the paper.
     """
     ab, ab_next = alpha_bar(t), alpha_bar(t_next)
     eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()
     sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)).sqrt()
-    kept = (1 - ab_next - sigma**2).clamp(min=0).sqrt()  # the clamp is for rounding errors
-    return ab_next.sqrt() * x0 + kept * eps + sigma * torch.randn(xt.shape, device=xt.device)
+    z = torch.randn(xt.shape, device=xt.device)
+    eps_share = (1 - ab_next - sigma**2).clamp(min=0).sqrt()  # rounding can make it negative
+    return ab_next.sqrt() * x0 + eps_share * eps + sigma * z
 
 def guide(conditional, unconditional, guidance_scale):
-    """Classifier-free guidance: move the prediction away from the one made without the text.
+    """Classifier-free guidance: move a prediction away from the one made without the text.
 
-    A scale of 1 is no guidance. Guiding x0 is the same as guiding eps: given x_t, one is a linear
-    function of the other. DEVIATION: the scale is 2; the paper's is 3 or 5 (--guidance-scale).
-    NOT STATED: how often the text is dropped in training (here --unconditional-share 0.1).
+    A scale of 1 is no guidance. DEVIATION: the default is 2, and the paper's 3 or 5
+    (--guidance-scale). NOT STATED: how often training drops the text (--unconditional-share 0.1).
     """
     return unconditional + guidance_scale * (conditional - unconditional)
 
 def without_text(documents):
-    """The unconditional documents. Only text is dropped: the image to edit stays."""
+    """Documents for the unconditional prediction. Their images stay: one may have to be edited."""
     return [[item for item in document if not isinstance(item, int)] for document in documents]
 
 # ---- Transformer: Llama (RMSNorm, RoPE, SwiGLU, no biases) ---------------------------------------
@@ -245,7 +245,7 @@ def rope(x, base=10000.0):
     """Rotary position embedding: rotate pairs of features of x (..., T, head_dim) by angles that
     grow with the position.
 
-    In the dot product of a rotated query and a rotated key, only their distance then matters.
+    The dot product of a query and a key then depends on the distance between their positions.
     Patches are counted like tokens, in raster order.
     """
     T, head_dim = x.shape[-2:]
@@ -258,23 +258,24 @@ def rope(x, base=10000.0):
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.n_heads = cfg.n_heads
+        self.head_dim = cfg.dim // cfg.n_heads
         self.wq = nn.Linear(cfg.dim, cfg.dim, bias=False)
         self.wk = nn.Linear(cfg.dim, cfg.dim, bias=False)
         self.wv = nn.Linear(cfg.dim, cfg.dim, bias=False)
         self.wo = nn.Linear(cfg.dim, cfg.dim, bias=False)
-        self.q_norm = nn.RMSNorm(cfg.dim // cfg.n_heads) if cfg.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(cfg.dim // cfg.n_heads) if cfg.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(self.head_dim) if cfg.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim) if cfg.qk_norm else nn.Identity()
 
     def forward(self, x, mask):
-        q, k, v = [
-            w(x).unflatten(2, (self.n_heads, -1)).transpose(1, 2)  # (B, heads, T, head_dim)
-            for w in (self.wq, self.wk, self.wv)
-        ]
-        q = rope(self.q_norm(q.type_as(x)))  # under autocast, q and k are bf16
-        k = rope(self.k_norm(k.type_as(x)))
+        q = self.split_heads(self.wq(x))  # (B, heads, T, head_dim)
+        k = self.split_heads(self.wk(x))
+        v = self.split_heads(self.wv(x))
+        q, k = rope(self.q_norm(q)), rope(self.k_norm(k))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.wo(x.transpose(1, 2).flatten(2))  # (B, T, D)
+
+    def split_heads(self, x):
+        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
 class FeedForward(nn.Module):
     def __init__(self, cfg):
@@ -300,17 +301,17 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
 class Llama(nn.Module):
-    """What Transfusion and Chameleon have in common: the parts of a language model.
+    """What Transfusion and Chameleon share: embeddings, transformer blocks and the LM head.
 
-    The vocabulary has n_text special and text tokens, and, in Chameleon, codes after them.
+    The vocabulary has n_text tokens, special ones included. Chameleon adds the codes of its images.
     """
 
     def __init__(self, cfg, n_text, n_codes=0):
         super().__init__()
         self.cfg, self.n_text = cfg, n_text
         self.token_embedding = nn.Embedding(n_text + n_codes, cfg.dim)
-        # DEVIATION: the paper mentions no embedding of the position of a patch in its image, only
-        # RoPE. With this one, models of this size draw and caption more reliably.
+        # DEVIATION: the paper mentions only RoPE. With a learned embedding for each patch of the
+        # grid as well, models of this size generate and caption more reliably.
         self.patch_position = nn.Parameter(torch.empty(cfg.n_patches, cfg.dim))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = nn.RMSNorm(cfg.dim)
@@ -321,9 +322,9 @@ class Llama(nn.Module):
         return self.lm_head.weight.device
 
     def embed(self, tokens):
-        """Tokens (B, T) -> embeddings (B, T, D), with the position of each patch in its image."""
+        """Tokens (B, T) -> embeddings (B, T, D)."""
         is_patch = (tokens == PATCH) | (tokens >= self.n_text)  # the latter are Chameleon's codes
-        position = (is_patch.cumsum(1) - 1) % self.cfg.n_patches
+        position = (is_patch.cumsum(1) - 1) % self.cfg.n_patches  # 0 to N - 1 in each image
         return self.token_embedding(tokens) + is_patch[:, :, None] * self.patch_position[position]
 
     def transformer(self, x, mask):
@@ -333,11 +334,10 @@ class Llama(nn.Module):
         return self.norm(x)
 
 def init_weights(model):
-    """GPT-2's initialisation: N(0, 0.02^2), smaller for the last matrix of a residual branch.
+    """As in GPT-2: N(0, 0.02^2), and smaller for the matrices that end a residual branch.
 
-    This matters most in the patch encoder and decoder. With PyTorch's own initialisation there, a
-    model learns to draw and to caption clearly more slowly. As in DiT, the first predictions of
-    images are zero.
+    As in DiT, the last layer of the patch decoder is zero. This matters: with PyTorch's own
+    initialisation of the patch layers, training takes clearly longer.
     """
     for name, p in model.named_parameters():
         if name.startswith("patch_decoder.last"):
@@ -350,35 +350,37 @@ def init_weights(model):
 # ---- Linear patches ------------------------------------------------------------------------------
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of 1000 t, the paper's timestep, then a small MLP: (M,) -> (M, out_dim)."""
+    """Sinusoids of the paper's timestep, 1000 t, then a small MLP: (M,) -> (M, out_dim)."""
 
     def __init__(self, out_dim):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, out_dim))
 
     def forward(self, t):
-        frequency = 1000 * 10000 ** -torch.linspace(0, 1, 64, device=t.device)  # from 1000 to 0.1
-        angle = t[:, None] * frequency
+        frequency = 10000 ** -torch.linspace(0, 1, 64, device=t.device)  # from 1 to 0.0001
+        angle = 1000 * t[:, None] * frequency
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
 
 class LinearPatchEncoder(nn.Module):
     """Section 3: a linear layer for each patch, and the embedding of t.
 
-    With linear patches, t enters the model only here. DEVIATION: the paper adds the embedding of t
-    before the linear layer. There it could have only 16 dimensions, those of a patch.
+    With linear patches, t enters the model here and nowhere else. DEVIATION: the paper adds the
+    embedding of t before the linear layer. A patch has only 16 numbers here, so it is added after.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        # A convolution with a stride of its kernel size applies one linear layer to every patch.
+        # A convolution whose stride is its kernel size applies one linear layer to every patch.
         self.linear = nn.Conv2d(cfg.latent_channels, cfg.dim, cfg.patch_size, cfg.patch_size)
         self.time = TimeEmbedding(cfg.dim)
 
     def forward(self, xt, t):
         patches = self.linear(xt).flatten(2).transpose(1, 2)  # (M, N, D), in raster order
-        return [patches + self.time(t)[:, None, :]]  # a U-Net returns more than the patches
+        return patches + self.time(t)[:, None, :], None  # None: a U-Net returns skips as well
 
 class LinearPatchDecoder(nn.Module):
+    """The reverse: a linear layer from the transformer's output to each patch."""
+
     def __init__(self, cfg):
         super().__init__()
         self.grid = cfg.grid
@@ -386,7 +388,7 @@ class LinearPatchDecoder(nn.Module):
             cfg.dim, cfg.latent_channels, cfg.patch_size, cfg.patch_size
         )
 
-    def forward(self, x):
+    def forward(self, x, _):
         x = x.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (M, D, grid, grid)
         return self.last(x)  # (M, C, H, W)
 
@@ -395,96 +397,91 @@ class LinearPatchDecoder(nn.Module):
 class Transfusion(Llama):
     def __init__(self, cfg, n_text):
         super().__init__(cfg, n_text)
-        linear = LinearPatchEncoder, LinearPatchDecoder
-        encoder, decoder = {"linear": linear, "unet": (UNetDown, UNetUp)}[cfg.patch_encoder]
-        self.patch_encoder = encoder(cfg)
-        self.patch_decoder = decoder(cfg)
+        is_linear = cfg.patch_encoder == "linear"
+        self.patch_encoder = LinearPatchEncoder(cfg) if is_linear else UNetDown(cfg)
+        self.patch_decoder = LinearPatchDecoder(cfg) if is_linear else UNetUp(cfg)
         init_weights(self)
 
     def forward(self, tokens, xt, t):
-        """Tokens (B, T) and images noised to t, (M, C, H, W) and (M,) -> logits of the next token
-        (B, T, V), and the prediction of eps or x0 for each image (M, C, H, W).
+        """Tokens (B, T), noisy images (M, C, H, W) and their noise levels (M,) -> logits of the
+        next token (B, T, V), and the prediction of eps or x0 (M, C, H, W).
         """
         x = self.embed(tokens)  # (B, T, D)
-        # A U-Net also returns features that skip the transformer. Linear patches have none.
-        patches, *skip = self.patch_encoder(xt, t)  # (M, N, D)
+        patches, skips = self.patch_encoder(xt, t)  # (M, N, D)
 
-        # The patches are added to the embeddings of PATCH and of their positions. Row by row, these
-        # are the patches of the first image, then those of the second, and so on.
+        # Both sides are in reading order: the images of the first document, then of the second.
         is_patch = tokens == PATCH
         x[is_patch] += patches.flatten(0, 1)
 
         x = self.transformer(x, attention_mask(tokens, self.cfg.bidirectional))
         logits = self.lm_head(x)
-        pred = self.patch_decoder(x[is_patch].view(patches.shape), *skip)
+        pred = self.patch_decoder(x[is_patch].view(patches.shape), skips)
         return logits, pred
 
     def loss(self, documents):
         """Section 3, training objective: L = L_LM + lambda * L_DDPM.
 
-        Returns the loss and its parts, which train.py logs under their names.
+        Returns the loss, and a dict of its two parts, for the log.
         """
         cfg = self.cfg
         tokens, x0 = pack(documents, cfg, self.device)
 
         t = noise_levels(torch.rand(len(x0), device=self.device), cfg)  # (M,), one for each image
-        # The noise cap (table 8), for an image that is first in its document (its BOI is in column
-        # 1) and not last (after BOI, the N patches and EOI comes another token than EOS).
+        # The noise cap (table 8), if an image comes first in its document, so that its BOI is in
+        # column 1, and is not last, so that EOI is not followed by EOS.
         row, column = (tokens == BOI).nonzero(as_tuple=True)
-        after_image = tokens[row, column + cfg.n_patches + 2]
-        is_capped = (column == 1) & (after_image != EOS)
+        after_eoi = tokens[row, column + cfg.n_patches + 2]
+        is_input = (column == 1) & (after_eoi != EOS)
         # NOT STATED: the distribution of a capped t. Here it is uniform.
-        t = torch.where(is_capped, cfg.noise_cap * torch.rand_like(t), t)
+        t = torch.where(is_input, cfg.noise_cap * torch.rand_like(t), t)
 
         eps = torch.randn_like(x0)
-        xt = q_sample(x0, eps, t)  # the latents are noised, not the patches
+        xt = q_sample(x0, eps, t)  # noise is added to the latents, before they are cut into patches
         logits, pred = self(tokens, xt, t)
 
         # L_LM: the mean over all positions of the batch that have a target.
         targets, has_loss = next_tokens(tokens)
         loss_lm = F.cross_entropy(logits[:, :-1][has_loss], targets[has_loss])
 
-        # L_DDPM: the mean squared error of each image, then the mean over the images of the batch
-        # (if it has any).
+        # L_DDPM: the mean squared error of each image, then the mean over the images of the batch.
         target = {"eps": eps, "x0": x0}[cfg.target]
         error = (pred - target).square().mean((1, 2, 3))  # (M,)
-        loss_ddpm = error.sum() / max(1, len(error))
+        loss_ddpm = error.sum() / max(1, len(error))  # 0 without images
 
         return loss_lm + cfg.lambda_ddpm * loss_ddpm, {"text": loss_lm, "image": loss_ddpm}
 
     def logits(self, documents):
-        """Documents with clean images -> their tokens (B, T) and next-token logits (B, T, V).
+        """Documents with clean images -> their tokens (B, T) and the logits (B, T, V).
 
-        NOT STATED: the t of images that are given or already drawn. Here it is 0.
+        NOT STATED: the t of images that are given or already generated. Here it is 0.
         """
         tokens, images = pack(documents, self.cfg, self.device)
         logits, _ = self(tokens, images, t=torch.zeros(len(images), device=self.device))
         return tokens, logits
 
     def predict_x0(self, documents, xt, t):
-        """Predict x0 (B, C, H, W) for noisy images x_t (B, C, H, W), one to follow each document.
+        """Append a noisy image to each document, and predict its x0: xt and x0 (B, C, H, W).
 
-        All x_t have the same t (1,). Images before them are clean.
+        All of them have the same noise level t (1,). The images before them are clean.
         """
         documents = [[*document, image] for document, image in zip(documents, xt)]
-        tokens, images = pack(documents, self.cfg, self.device)
-        last = (tokens == BOI).sum(1).cumsum(0) - 1  # index of each document's last image (B,)
-        times = torch.zeros(len(images), device=self.device)
-        times[last] = t
-        _, pred = self(tokens, images, times)
+        tokens, images = pack(documents, self.cfg, self.device)  # all B documents' M images
+        last = (tokens == BOI).sum(1).cumsum(0) - 1  # (B,): which of them are the appended ones
+        t_of_images = torch.zeros(len(images), device=self.device)
+        t_of_images[last] = t
+        _, pred = self(tokens, images, t_of_images)
         return predicted_x0(xt, pred[last], t, self.cfg.target)
 
     def draw(self, documents, steps, guidance_scale, eta, show):
         """Diffusion mode: generate an image to follow each document. Returns (B, C, H, W).
 
-        DEVIATION: the paper takes 250 steps (--steps 250). Each step runs the model on the whole
-        sequence. A key-value cache of what precedes the image would pay off only with long texts.
+        DEVIATION: the paper takes 250 steps (--steps 250).
         """
-        both = documents + without_text(documents)  # for guidance
+        both = documents + without_text(documents)  # 2B documents, for guidance
         xt = torch.randn(len(documents), *self.cfg.latent_shape, device=self.device)
-        # NOT STATED: the noise levels of the steps. Here they are spaced like those of training.
+        # NOT STATED: the noise levels of the steps. Here they are spaced as in training.
         times = noise_levels(torch.linspace(1, 0, steps + 1, device=self.device), self.cfg)
-        for t, t_next in pairwise(times.split(1)):
+        for t, t_next in pairwise(times.split(1)):  # each (1,)
             conditional, unconditional = self.predict_x0(both, torch.cat([xt, xt]), t).chunk(2)
             x0 = guide(conditional, unconditional, guidance_scale)
             x0 = x0.clamp(-5, 5)  # an x0 that is computed from eps can be huge near t = 1
@@ -497,10 +494,10 @@ class Transfusion(Llama):
 def next_logits(model, documents):
     """Logits (B, V) of the token after each document."""
     tokens, logits = model.logits(documents)
-    # `pack` ends every document with EOS. The position before it cannot see this EOS, and predicts
-    # the next token.
-    before_eos = tokens[:, 1:] == EOS
-    return logits[:, :-1][before_eos]
+    # `pack` has ended every document with EOS. The next token is predicted just before it, where
+    # EOS cannot be seen.
+    is_before_eos = tokens[:, 1:] == EOS
+    return logits[:, :-1][is_before_eos]
 
 def sample_tokens(logits, temperature):
     """One token for each row of logits (B, V). Temperature 0 is greedy, the paper's choice."""
@@ -509,15 +506,16 @@ def sample_tokens(logits, temperature):
     return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
 
 def write(model, documents, max_tokens, temperature):
-    """LM mode: append text to documents, in place, until the model predicts BOI or EOS, or has
-    written max_tokens. Returns the documents for which it predicted BOI. BOI itself is not
-    appended: `pack` puts it before the image that follows.
+    """LM mode: append text to each document, in place, until the model predicts BOI or EOS, or has
+    written max_tokens. Returns the documents in which it predicted BOI.
+
+    BOI and EOS are not appended. `pack` puts BOI before the image that will follow.
     """
     wants_image = []
     for _ in range(max_tokens):
         if not documents:
             break
-        logits = next_logits(model, documents)[:, : model.n_text]  # none of Chameleon's codes
+        logits = next_logits(model, documents)[:, : model.n_text]  # without Chameleon's codes
         logits[:, :N_NEVER_PREDICTED] = -math.inf
         still_writing = []
         for document, token in zip(documents, sample_tokens(logits, temperature).tolist()):
@@ -534,45 +532,42 @@ def generate(
     model, documents, max_tokens=64, max_images=1,
     steps=50, guidance_scale=2.0, eta=0.0,  # for diffusion mode
     temperature=0.0,  # for LM mode
-    show=lambda xt: None,
+    show=lambda xt: None,  # called with the noisy images after each denoising step
 ):
-    """Section 3, inference: continue documents, lists of tokens and images, until EOS.
+    """Section 3, inference: continue documents, which are lists of tokens and images.
 
-    The model itself switches to diffusion mode, by predicting BOI. After a finished image, `pack`
-    inserts EOI, and LM mode goes on. A document also ends after max_tokens without an image, or at
-    the next BOI once it has max_images new images. `show` is called after every denoising step,
-    with the images x_t.
+    The model itself switches to diffusion mode, by predicting BOI. After the image, `pack` inserts
+    EOI, and LM mode goes on. A document ends when the model predicts EOS, when max_tokens of text
+    follow each other, or at the BOI after max_images.
     """
     documents = [list(document) for document in documents]  # copies, which grow below
     active = documents
-    while active:
+    for _ in range(max_images):
         active = write(model, active, max_tokens, temperature)
-        if not active or max_images == 0:
-            break
+        if not active:
+            return documents
         images = model.draw(active, steps, guidance_scale, eta, show)
         for document, image in zip(active, images):
             document.append(image)
-        max_images -= 1
+    write(model, active, max_tokens, temperature)
     return documents
 
 # ---- Tokenizer: text to tokens and back ----------------------------------------------------------
 
 class Tokenizer:
-    """A known word, with the space before it, is one token. All other text is UTF-8 bytes.
+    """A known word is one token, together with the space before it. All other text is UTF-8 bytes.
 
-    Encoding puts a space before the text, and decoding removes it. If only " a" and " red" are
-    known, "a red dog" becomes the tokens " a" and " red", and one token for each byte of " dog".
+    If only "a" and "red" are known, "a red dog" becomes the tokens " a" and " red", and one token
+    for each byte of " dog". Encoding adds the first space, and decoding removes it.
     """
 
     def __init__(self, words):
-        self.words = list(words)
-        pieces = [word if word in ".,;:!?" else " " + word for word in self.words]
-        self.bytes_of = [b""] * N_SPECIAL + [bytes([i]) for i in range(256)]
-        self.bytes_of += [piece.encode() for piece in pieces]
-        self.token_of = {piece: token for token, piece in enumerate(self.bytes_of)}
+        pieces = [word if word in ".,;:!?" else " " + word for word in words]
+        self.bytes_of = [bytes([i]) for i in range(256)] + [piece.encode() for piece in pieces]
+        self.token_of = {piece: N_SPECIAL + 256 + i for i, piece in enumerate(pieces)}
 
     def __len__(self):
-        return len(self.bytes_of)
+        return N_SPECIAL + len(self.bytes_of)
 
     @staticmethod
     def split(text):
@@ -583,49 +578,51 @@ class Tokenizer:
         """str -> list of tokens."""
         tokens = []
         for piece in self.split(text):
-            piece = piece.encode(errors="replace")
-            parts = [piece] if piece in self.token_of else [bytes([byte]) for byte in piece]
-            tokens += [self.token_of[part] for part in parts]
+            if piece in self.token_of:
+                tokens.append(self.token_of[piece])
+            else:
+                tokens += [N_SPECIAL + byte for byte in piece.encode(errors="replace")]
         return tokens
 
     def decode(self, tokens):
-        """List of tokens -> str, the inverse of encode. Bytes that are not UTF-8 become U+FFFD."""
-        text = b"".join(self.bytes_of[token] for token in tokens)
+        """List of tokens -> str. Bytes that are not UTF-8 become U+FFFD."""
+        text = b"".join(self.bytes_of[token - N_SPECIAL] for token in tokens)
         return text.removeprefix(b" ").decode(errors="replace")
 
 def encode(documents, tokenizer, vae):
     """Documents of str and pictures, uint8 (H, W, 3) -> documents of tokens and images."""
     parts = [part for document in documents for part in document]
     pictures = [torch.as_tensor(part) for part in parts if not isinstance(part, str)]
-    batches = []
-    if pictures:  # 512 of 32 x 32 pixels at a time, and fewer of larger ones
-        batches = torch.stack(pictures).split(max(1, 2**19 // pictures[0].shape[0] ** 2))
-    images = iter([image for batch in batches for image in vae.encode(batch)])
-    encoded = []
-    for document in documents:
-        items = []
-        for part in document:
-            items += tokenizer.encode(part) if isinstance(part, str) else [next(images)]
-        encoded.append(items)
-    return encoded
+    images = []
+    if pictures:
+        n = max(1, 2**19 // pictures[0].shape[0] ** 2)  # pictures at a time: 512 of 32 x 32 pixels
+        for batch in torch.stack(pictures).split(n):
+            images += vae.encode(batch)
+    images = iter(images)
+    return [
+        [item for part in document
+         for item in (tokenizer.encode(part) if isinstance(part, str) else [next(images)])]
+        for document in documents
+    ]
 
 # ---- VAE: pictures to latents and back -----------------------------------------------------------
 
 class VAE(nn.Module):
     """A small convolutional VAE, trained before the transformer and then frozen.
 
-    Pictures are uint8 pixels (M, H, W, 3). DEVIATION: the paper's VAE has 86M parameters.
+    DEVIATION: the paper's VAE has 86M parameters.
     """
 
     def __init__(self, cfg):
         super().__init__()
         n_halvings = int(math.log2(cfg.image_size / cfg.latent_size))
-        widths = [cfg.vae_dim * 2**i for i in range(n_halvings)]  # 24 (16 x 16) and 48 (8 x 8)
+        widths = [cfg.vae_dim * 2**i for i in range(n_halvings)]  # 24 channels, then 48
+        wide = widths[-1]
         down, up = [], []
         for n_in, n_out in pairwise([3, *widths]):
             down += [nn.Conv2d(n_in, n_out, 4, stride=2, padding=1), nn.SiLU()]
-            up = [nn.SiLU(), nn.ConvTranspose2d(n_out, n_in, 4, stride=2, padding=1), *up]
-        wide = widths[-1]
+        for n_in, n_out in pairwise([*widths[::-1], 3]):
+            up += [nn.SiLU(), nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1)]
         self.encoder = nn.Sequential(
             *down,
             nn.Conv2d(wide, wide, 3, padding=1), nn.SiLU(),
@@ -636,9 +633,8 @@ class VAE(nn.Module):
             nn.Conv2d(wide, wide, 3, padding=1),
             *up,
         )
-        # Makes latents of mean 0 and variance 1, because noise levels are relative to variance 1.
-        # After training, call vae.eval(), which fixes the statistics.
-        # NOT STATED: how the paper scales its latents.
+        # The noise schedule assumes latents of mean 0 and variance 1. So the means of the posterior
+        # are normalised, with fixed statistics after vae.eval(). NOT STATED: how the paper does it.
         self.normalise = nn.BatchNorm2d(cfg.latent_channels, affine=False)
 
     def to_input(self, pictures):
@@ -651,11 +647,14 @@ class VAE(nn.Module):
         return self.normalise(mean), log_var
 
     def loss(self, pictures, kl_weight=1e-3):
-        """Squared error of the reconstruction + kl_weight * KL(posterior, N(0, 1)), averaged."""
+        """Squared error of the reconstruction + kl_weight * KL(posterior, N(0, 1)).
+
+        Both are means over all elements. The KL keeps the variance of the posterior from shrinking
+        to 0.
+        """
         x = self.to_input(pictures)
         mean, log_var = self.posterior(x)
         z = mean + (log_var / 2).exp() * torch.randn_like(mean)
-        # The means are normalised already. The KL keeps the variance from shrinking to 0.
         kl = (mean**2 + log_var.exp() - 1 - log_var).mean() / 2
         return F.mse_loss(self.decoder(z), x) + kl_weight * kl
 
@@ -672,7 +671,8 @@ class VAE(nn.Module):
 
 # ---- U-Net patches -------------------------------------------------------------------------------
 
-UNET_DIM, TIME_DIM = 32, 128  # channels at the latents' resolution; dimension of the embedding of t
+UNET_DIM = 32  # channels at the resolution of the latents, doubled with each halving
+TIME_DIM = 128  # dimension of the embedding of t
 
 def unet_widths(cfg):
     """Channels at the resolution of the latents, at half of it, and so on, down to the patches."""
@@ -696,10 +696,10 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + self.conv2(h)
 
 class UNetDown(nn.Module):
-    """The paper's better patch encoder (tables 5 to 7): the first half of a U-Net.
+    """The first half of a U-Net, which the paper finds better than linear patches (tables 5 to 7).
 
-    Its features at all resolutions, and the embedding of t, skip the transformer and go to the
-    second half. Unlike linear patches, its convolutions mix neighbouring patches.
+    Its convolutions mix neighbouring patches. Its features at every resolution, and the embedding
+    of t, go to the second half directly, around the transformer.
     """
 
     def __init__(self, cfg):
@@ -718,7 +718,7 @@ class UNetDown(nn.Module):
             x = block(conv(x), time)
             features.append(x)  # (M, width, H / 2^i, W / 2^i)
         patches = self.last(x.flatten(2).transpose(1, 2))  # (M, N, D)
-        return patches, time, features
+        return patches, (time, features)
 
 class UNetUp(nn.Module):
     """The second half of the U-Net: from the transformer's output to a prediction (M, C, H, W)."""
@@ -732,44 +732,46 @@ class UNetUp(nn.Module):
         self.last = nn.Conv2d(widths[-1], cfg.latent_channels, 3, padding=1)
         self.convs = nn.ModuleList([*doublings, nn.Identity()])
 
-    def forward(self, x, time, features):
+    def forward(self, x, skips):
+        time, features = skips
         x = self.first(x).transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        for block, conv, skip in zip(self.blocks, self.convs, reversed(features)):
-            x = conv(block(torch.cat([x, skip], dim=1), time))
+        for block, conv, feature in zip(self.blocks, self.convs, reversed(features)):
+            x = conv(block(torch.cat([x, feature], dim=1), time))
         return self.last(x)  # (M, C, H, W)
 
 # ---- Chameleon: the baseline, with discrete images -----------------------------------------------
 
-N_LEVELS, CODE_DIM = 5, 4  # a code stands for CODE_DIM integers from -2 to 2
+N_LEVELS, CODE_DIM = 5, 4
 N_CODES = N_LEVELS**CODE_DIM  # 625
-CODE_TEMPERATURE = 0.5  # 1 draws worse, and 0 with less variety
+CODE_TEMPERATURE = 0.5  # drawings are less often right at 1, and vary less at 0
 
 class QuantisedVAE(VAE):
-    """A VAE whose latents, one for each patch, are rounded to integers from -2 to 2.
-
-    It has no noise and no KL loss. An image becomes N codes, which are tokens, numbered after those
-    of text. The integers of a latent are the digits of its code, a number in base 5.
+    """A VAE that turns each patch of an image into 4 integers from -2 to 2, and these into one
+    token: they are the digits of a number in base 5, the code. Codes follow the text tokens.
 
     DEVIATION: the paper learns a codebook of 16,384 vectors, and an image has a code for each of
     its latents. Here the codebook is fixed: all points of a grid (FSQ, arXiv 2309.15505). And an
-    image has a code for each patch, as many as Transfusion has patches (--patch-size 1: 64 codes).
+    image has as many codes as Transfusion has patches (--patch-size 1: one for each latent).
     """
 
     def __init__(self, cfg, n_text):
+        # Its latents are as large as a patch: the encoder halves the picture more often.
         super().__init__(replace(cfg, latent_size=cfg.grid, patch_size=1, latent_channels=CODE_DIM))
         self.n_text = n_text
         place_values = N_LEVELS ** torch.arange(CODE_DIM)  # 1, 5, 25, 125
         self.register_buffer("place_values", place_values[:, None, None])
 
     def quantise(self, x):
+        """Pictures -> integers (M, 4, grid, grid), as floats. Gradients ignore the rounding."""
         mean, _ = self.posterior(x)
         z = mean.tanh() * (N_LEVELS // 2)
-        error = (z.round() - z).detach()  # straight-through: rounded, with the gradient of z
+        error = (z.round() - z).detach()
         if self.training and torch.rand(()) < 0.5:
-            error = torch.rand_like(z) - 0.5  # noise of the same size, without which some runs fail
+            error = torch.rand_like(z) - 0.5  # as much noise instead, or some trainings fail
         return z + error
 
     def loss(self, pictures):
+        """Squared error of the reconstruction. There is no KL."""
         x = self.to_input(pictures)
         return F.mse_loss(self.decoder(self.quantise(x)), x)
 
@@ -783,17 +785,17 @@ class QuantisedVAE(VAE):
         """Codes (M, N) -> uint8 (M, H, W, 3)."""
         grid = math.isqrt(codes.shape[1])
         codes = (codes - self.n_text).unflatten(1, (1, grid, grid))  # (M, 1, grid, grid)
-        digits = codes // self.place_values % N_LEVELS
+        digits = codes // self.place_values % N_LEVELS  # (M, 4, grid, grid)
         return super().decode((digits - N_LEVELS // 2).float())
 
 class Chameleon(Llama):
     """The discrete baseline (arXiv 2405.09818): a language model of text and codes.
 
-    Documents and transformer are those of Transfusion. But there is only the next-token loss,
-    attention is causal, and an image is generated by sampling its codes. There is no diffusion.
+    The documents and the transformer are those of Transfusion. But there is only the next-token
+    loss, attention is causal, and an image is generated by sampling its codes.
 
     DEVIATION: for stability, the paper's Chameleon has QK-norm, a z-loss, and norms after its
-    layers. Ours has the first two, but keeps the norms before the layers, as in Llama.
+    layers. Here it has the first two (--preset chameleon), but Llama's norms before the layers.
     """
 
     def __init__(self, cfg, n_text):
@@ -803,14 +805,11 @@ class Chameleon(Llama):
     def logits(self, documents):
         """Documents -> their tokens (B, T) and next-token logits (B, T, V), for text and codes."""
         tokens, _ = pack(documents, self.cfg, self.device)
-        mask = attention_mask(tokens, bidirectional=False)
-        x = self.transformer(self.embed(tokens), mask)
-        return tokens, self.lm_head(x)
+        mask = attention_mask(tokens)  # causal, as no token is PATCH
+        return tokens, self.lm_head(self.transformer(self.embed(tokens), mask))
 
     def loss(self, documents, z_weight=1e-5):
-        """The next-token loss of text and codes, and a z-loss: log(Z)^2, with Z the denominator of
-        the softmax.
-        """
+        """The next-token loss, and a z-loss: log(Z)^2, with Z the denominator of the softmax."""
         tokens, logits = self.logits(documents)
         targets, has_loss = next_tokens(tokens)
         logits, targets = logits[:, :-1][has_loss], targets[has_loss]
@@ -824,7 +823,7 @@ class Chameleon(Llama):
     def draw(self, documents, steps, guidance_scale, eta, show):
         """Sample an image to follow each document, code by code. Returns codes (B, N).
 
-        `steps`, `eta` and `show` are for diffusion, and have no effect.
+        The arguments of diffusion (steps, eta and show) have no effect.
         """
         both = documents + without_text(documents)  # for guidance
         both = [[*document, BOI] for document in both]
@@ -832,7 +831,7 @@ class Chameleon(Llama):
             conditional, unconditional = next_logits(self, both).chunk(2)
             logits = guide(conditional, unconditional, guidance_scale)[:, self.n_text :]
             codes = self.n_text + sample_tokens(logits, CODE_TEMPERATURE)
-            for document, code in zip(both, [*codes.tolist(), *codes.tolist()]):
+            for document, code in zip(both, codes.repeat(2).tolist()):
                 document.append(code)
         drawn = [document[-self.cfg.n_patches :] for document in both[: len(documents)]]
         return torch.tensor(drawn, device=self.device)

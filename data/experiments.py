@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import plots
-from data.compare import drawings, markdown
+from data.compare import markdown
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 DIRECTORY = Path("runs/experiments")
@@ -32,9 +32,9 @@ GOAL = 0.9  # of accuracies: the tables say how many documents a model needs to 
 # Options of train.py. The width is that of the paper's tables here, not of the default. The number
 # of steps gives every run of a table about the same FLOPs.
 SAMPLER = "--sample-steps 16 --eta 0"
-WIDTH = f"--dim 96 --lr 3e-3 {SAMPLER}"
-TINY = f"--dim 32 --n-layers 2 --n-heads 2 --lr 3e-3 {SAMPLER}"
-EPS = "--dim 96 --lr 3e-3 --sample-steps 50 --eta 1 --target eps --t-power 1"
+WIDTH = f"--dim 96 --qk-norm --lr 3e-3 {SAMPLER}"
+TINY = f"--dim 32 --n-layers 2 --n-heads 2 --qk-norm --lr 3e-3 {SAMPLER}"
+EPS = "--dim 96 --qk-norm --lr 3e-3 --sample-steps 50 --eta 1 --target eps --t-power 1"
 RUNS = {
     "cpu": "--device cpu",  # the default
     "cpu-chameleon": "--device cpu --preset chameleon --steps 1521",  # with the same FLOPs
@@ -318,13 +318,6 @@ def main(argv=None):
             curves = draw_curves(table, results, score)
             if curves:
                 curves.save(DIRECTORY / f"{name}-{score}.png")
-        final = []
-        for label, (run, _) in table.rows.items():
-            if (DIRECTORY / f"{run}-0" / "ckpt.pt").is_file():
-                final.append(drawings(DIRECTORY / f"{run}-0", label, slice(-1, None), n=8))
-        final = [row for row in final if row]  # a run on text alone draws nothing
-        if final:
-            plots.arrange(final, columns=1).save(DIRECTORY / f"{name}.png")
     if "models" in tables and results_of(results, "chameleon") and results_of(results, "wide"):
         for score in ("draw_acc", "frechet", "caption_acc"):
             share = parity(results, "wide", "chameleon", score)

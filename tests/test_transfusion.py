@@ -54,7 +54,7 @@ KINDS = {
     "default": {},
     "causal": {"bidirectional": False},
     "unet": {"patch_encoder": "unet"},
-    "chameleon": {"model": "chameleon"},
+    "chameleon": {"model": "chameleon", "qk_norm": True},
 }
 
 @pytest.fixture(autouse=True)
@@ -293,7 +293,7 @@ def llama(model, x, mask):
         h = block.attention_norm(x)
         w = block.attention
         heads = []
-        qkv = [part.chunk(w.n_heads, dim=1) for part in (w.wq(h), w.wk(h), w.wv(h))]
+        qkv = [part.chunk(model.cfg.n_heads, dim=1) for part in (w.wq(h), w.wk(h), w.wv(h))]
         for q, k, v in zip(*qkv):
             if model.cfg.qk_norm:
                 q = F.rms_norm(q, q.shape[1:], w.q_norm.weight)
@@ -408,16 +408,16 @@ def test_patches_are_squares_in_raster_order_and_decoded_where_they_were_encoded
     model = random_model(kind)
     latents = torch.randn(1, 4, 8, 8)
     t = torch.tensor([0.3])
-    patches, *skip = model.patch_encoder(latents, t)
-    pred = model.patch_decoder(patches, *skip)
+    patches, skips = model.patch_encoder(latents, t)
+    pred = model.patch_decoder(patches, skips)
     for n, row, column in [(1, 0, 2), (4, 2, 0), (15, 6, 6)]:
         square = torch.zeros(1, 4, 8, 8)
         square[:, :, row : row + 2, column : column + 2] = 1
-        changed, *_ = model.patch_encoder(latents + square, t)
+        changed, _ = model.patch_encoder(latents + square, t)
         assert (changed - patches).norm(dim=2).argmax() == n
         changed = patches.clone()
         changed[0, n] += 1
-        change = (model.patch_decoder(changed, *skip) - pred).abs()
+        change = (model.patch_decoder(changed, skips) - pred).abs()
         assert F.avg_pool2d(change.sum(1), 2).argmax() == n
 
 @pytest.mark.parametrize("kind", ["default", "chameleon"])
@@ -439,9 +439,9 @@ def test_the_unet_has_patches_of_every_size_and_uses_t_and_every_skip(patch_size
     up = randomise(UNetUp(cfg))
     latents = torch.randn(3, 4, 8, 8)
     t = torch.tensor([0.1, 0.3, 0.7])
-    patches, time, features = down(latents, t)
-    other_patches, other_time, _ = down(latents, 1 - t)
-    pred = up(patches, time, features)
+    patches, (time, features) = down(latents, t)
+    other_patches, (other_time, _) = down(latents, 1 - t)
+    pred = up(patches, (time, features))
     assert patches.shape == (3, cfg.n_patches, cfg.dim)
     assert pred.shape == latents.shape
 
@@ -449,12 +449,12 @@ def test_the_unet_has_patches_of_every_size_and_uses_t_and_every_skip(patch_size
         return ((found - expected).flatten(1).abs().amax(1) > 1e-3).all()
 
     assert differ(other_patches, patches)
-    assert differ(up(patches, other_time, features), pred)
-    assert differ(up(patches + 1, time, features), pred)
+    assert differ(up(patches, (other_time, features)), pred)
+    assert differ(up(patches + 1, (time, features)), pred)
     assert len(features) == 1 + math.log2(patch_size)
     for i in range(len(features)):
         without = [0 * x if i == j else x for j, x in enumerate(features)]
-        assert differ(up(patches, time, without), pred)
+        assert differ(up(patches, (time, without)), pred)
 
 # ---- The loss ------------------------------------------------------------------------------------
 
