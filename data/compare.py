@@ -22,11 +22,11 @@ def markdown(header, rows):
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
-def drawings(directory, title, evaluations, n):
-    """A Pillow image: the first n drawings of some evaluations of a run, below a title."""
-    rows = torch.load(directory / "ckpt.pt", weights_only=True)["drawings"][evaluations]
+def drawings(directory, n=6):
+    """A Pillow image: the first n drawings of every evaluation of a run, below its name."""
+    rows = torch.load(directory / "ckpt.pt", weights_only=True)["drawings"]
     rows = [plots.row_of(pictures[:n].numpy()) for pictures in rows]
-    return plots.titled(plots.arrange(rows, columns=1, gap=0), title) if rows else None
+    return plots.titled(plots.arrange(rows, columns=1, gap=0), directory.name) if rows else None
 
 def main(argv=None):
     parser = ArgumentParser(description=__doc__)
@@ -41,7 +41,7 @@ def main(argv=None):
         cells = [f"{scores[name][0]:.3f}" if name in scores else "" for name in SCORES]
         costs = [f"{metrics['flops']:.2g}", f"{metrics['minutes']:.1f}"]
         rows.append([directory.name, *cells, *costs])
-        columns.append(drawings(directory, directory.name, slice(None), n=6))
+        columns.append(drawings(directory))
     print(markdown(["run", *SCORES, "FLOPs", "minutes"], rows))
     columns = [column for column in columns if column]  # a run on text alone draws nothing
     if columns:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import plots, shapes
+from data import plots
 from transfusion import (
     BOI,
     BOS,
@@ -43,34 +43,16 @@ class Trained:
         for i in range(0, len(documents), 128):
             yield encode(documents[i : i + 128], self.tokenizer, self.vae)
 
-    def generate(self, documents, max_images=1):
-        """Continue documents of str and pictures. Returns documents of tokens and images."""
-        run, results = self.run, []
-        for part in self.encode_in_parts(documents):
-            results += generate(
-                self.model, part, max_tokens=16, max_images=max_images,
-                steps=run.sample_steps, guidance_scale=run.guidance_scale, eta=run.eta,
-            )
-        return results
-
     def caption(self, pictures):
         """A caption for each picture."""
-        documents = self.generate([[picture] for picture in pictures], max_images=0)
-        return [self.tokenizer.decode(document[1:]) for document in documents]
-
-    def draw(self, prompts):
-        """The picture that follows each prompt; black where the model chose not to draw one."""
-        size = self.model.cfg.image_size
-        pictures = np.zeros((len(prompts), size, size, 3), np.uint8)
-        for i, (prompt, document) in enumerate(zip(prompts, self.generate(prompts))):
-            images = [item for item in document if not isinstance(item, int)]
-            given = [part for part in prompt if not isinstance(part, str)]
-            if len(images) > len(given):
-                pictures[i] = self.vae.decode(images[-1][None])[0].cpu().numpy()
-        return pictures
+        captions = []
+        for part in self.encode_in_parts([[picture] for picture in pictures]):
+            for _, *tokens in generate(self.model, part, max_tokens=16, max_images=0):
+                captions.append(self.tokenizer.decode(tokens))
+        return captions
 
     @torch.no_grad()
-    def draw_anyway(self, prompts):
+    def draw(self, prompts):
         """A picture after each prompt, and the share of them where the model chooses to draw."""
         run, pictures, chosen = self.run, [], []
         for part in self.encode_in_parts(prompts):
@@ -143,16 +125,6 @@ def score_perplexity(name, trained, texts, end, entropy):
         f"{name}_ppl": (value, f"best possible {math.exp(best):.4f}: the true grammar"),
         f"{name}_excess": (1000 * float(math.log(value) - best), "best 0, in nats per 1000 tokens"),
     }
-
-def score_conclusions(trained, scenes, flips):
-    """How often is the correct conclusion the likeliest of the four relations?"""
-    relations = list(shapes.OPPOSITE)
-    log_p = []
-    for relation in relations:
-        texts = [[shapes.argument(s, flip, relation)] for s, flip in zip(scenes, flips)]
-        log_p.append(trained.log_likelihood(texts)[0])
-    chosen = [relations[i] for i in np.argmax(log_p, axis=0)]
-    return accuracy(chosen, list(map(shapes.conclusion, scenes, flips))), "chance 0.25"
 
 def score_matching(trained, captions, pictures, seed, n_choices=8):
     """Does the model know which captions and pictures belong together? Nothing is generated.

@@ -76,22 +76,17 @@ def parse(caption):
     """The Scene that a caption describes, from either end; None if it describes none."""
     return CAPTIONS.get(" ".join(caption.split()))
 
-def argument(scene, flip=False, conclusion=None):
+def argument(scene, flip=False):
     """A document of text alone: the scene described from one end, then from the other.
 
-    "a red circle is above a blue square. so a blue square is below a red circle." `conclusion` is a
-    relation that replaces the correct one.
+    "a red circle is above a blue square. so a blue square is below a red circle."
     """
     relation, opposite = scene.relation, OPPOSITE[scene.relation]
     if flip:
         relation, opposite = opposite, relation
     premise = describe(scene, flip).replace(f" {relation} ", f" is {relation} ")
-    follows = describe(scene, not flip).replace(f" {opposite} ", f" is {conclusion or opposite} ")
-    return f"{premise} so {follows}"
-
-def conclusion(scene, flip=False):
-    """The correct relation in the second half of `argument`."""
-    return scene.relation if flip else OPPOSITE[scene.relation]
+    conclusion = describe(scene, not flip).replace(f" {opposite} ", f" is {opposite} ")
+    return f"{premise} so {conclusion}"
 
 # ---- Scene and picture ---------------------------------------------------------------------------
 

@@ -16,13 +16,14 @@ from data.evaluate import (
     accuracy,
     perplexity,
     psnr,
-    score_conclusions,
     score_frechet,
     score_matching,
     score_perplexity,
 )
 from data.folder import frequent_words, load_folder
 from transfusion import BOI, EOS
+
+WOULD_DRAW = "of 1: how often the model itself predicts BOI after the caption"
 
 class Report(NamedTuple):
     """The results of an evaluation on n examples."""
@@ -122,7 +123,7 @@ class Shapes:
         return total
 
     def score_text(self, trained, split, n, seed, after_caption=BOI):
-        """The scores that need no picture: perplexity and reasoning."""
+        """The scores that need no picture."""
         scenes, captions, _ = zip(*examples(split, n, seed))
         rng = random.Random(seed)
         flips = [rng.random() < 0.5 for _ in scenes]
@@ -131,7 +132,6 @@ class Shapes:
         return (
             score_perplexity("text", trained, texts, EOS, of_text)
             | score_perplexity("caption", trained, captions, after_caption, of_captions)
-            | {"text_acc": score_conclusions(trained, scenes, flips)}
         )
 
     def evaluate(self, trained, split, n, seed):
@@ -139,7 +139,8 @@ class Shapes:
         scenes, captions, pictures = zip(*examples(split, n, seed))
         pictures = np.stack(pictures)
         blank = np.full_like(pictures, shapes.BACKGROUND)
-        again, drawn = trained.reconstruct(pictures), trained.draw([[text] for text in captions])
+        again = trained.reconstruct(pictures)
+        drawn, would_draw = trained.draw([[caption] for caption in captions])
         vae_acc = accuracy(map(shapes.read, again), scenes)
         correct = [shapes.read(picture) == scene for picture, scene in zip(drawn, scenes)]
         rng = random.Random(seed)
@@ -150,6 +151,7 @@ class Shapes:
             "vae_psnr": (psnr(again, pictures), f"dB; floor {psnr(blank, pictures):.1f}: blank"),
             "vae_acc": (vae_acc, "ceiling 1"),
             "draw_acc": (sum(correct) / n, f"ceiling {vae_acc:.4f}: VAE; floor 0"),
+            "would_draw": (would_draw, WOULD_DRAW),
             "frechet": score_frechet(drawn, pictures, others, again),
         }
         return Report(n, scores, drawn, captions, correct)
@@ -204,7 +206,7 @@ class Edit(Shapes):
         report = super().evaluate(trained, split, n, seed)
         rng = random.Random(seed)
         _, after, before, instructions, edited = zip(*[self.example(rng, split) for _ in range(n)])
-        drawn = trained.draw([list(prompt) for prompt in zip(before, instructions)])
+        drawn, _ = trained.draw([list(prompt) for prompt in zip(before, instructions)])
         correct = [shapes.read(picture) == scene for picture, scene in zip(drawn, after)]
         ceiling = accuracy(map(shapes.read, trained.reconstruct(np.stack(edited))), after)
         beside = f"ceiling {ceiling:.4f}: VAE; floor 0: the picture unchanged"
@@ -256,7 +258,7 @@ class Folder:
         others = random.Random(seed).choices(self.train, k=len(captions))
         others = np.stack([picture for _, picture in others])
         again = trained.reconstruct(pictures)
-        drawn, would_draw = trained.draw_anyway(prompts)
+        drawn, would_draw = trained.draw(prompts)
 
         log_p, n_tokens = trained.log_likelihood(prompts, BOI)
         log_p -= math.log(self.caption_first * (1 - self.unconditional_share))  # given a caption
@@ -271,7 +273,7 @@ class Folder:
             "caption_ppl": (before, f"{after:.4f}: captions after their picture"),
             "vae_psnr": (psnr(again, pictures), "dB"),
             "frechet": score_frechet(drawn, pictures, others, again),
-            "would_draw": (would_draw, "share of captions after which the model chooses to draw"),
+            "would_draw": (would_draw, WOULD_DRAW),
         }
         both = np.concatenate([pictures, drawn], axis=2)  # the true picture beside its drawing
         return Report(len(captions), scores, both, captions, [True] * len(captions))

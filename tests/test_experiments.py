@@ -21,8 +21,7 @@ def test_experiments_train_what_is_missing_and_print_tables(tmp_path, monkeypatc
     assert set(results) == {"low-0", "low-1", "high-0", "high-1"}
     values = [results[f"low-{seed}"]["scores"]["text_excess"][0] for seed in (0, 1)]
     assert values[0] != values[1]
-    for name in ("rates-draw_acc.png", "rates.png"):
-        assert Image.open(f"runs/experiments/{name}").width > 128
+    assert Image.open("runs/experiments/rates-draw_acc.png").width > 128
 
     path.write_text(json.dumps({key: results[key] for key in ("low-0", "high-0", "high-1")}))
     written = {p: p.stat().st_mtime_ns for p in Path("runs/experiments").glob("*/ckpt.pt")}
