@@ -4,17 +4,16 @@ Zhou et al., "Transfusion: Predict the Next Token and Diffuse Images with One Mu
 arXiv 2408.11039.
 
 Text and images share one sequence. Text is a run of tokens, trained with next-token prediction. An
-image is a run of patches, trained with diffusion. The tokens BOI and EOI (beginning and end of
-image) surround it. Attention is causal, except that the patches of one image all see each other. To
-generate, the model writes text until it predicts BOI. Then it denoises an image, and carries on
-with text.
+image is a run of patches, cut from the latents of a VAE, and trained with diffusion. The tokens BOI
+and EOI (beginning and end of image) surround each image. Attention is causal, except that the
+patches of one image all see each other. To generate, the model writes text until it predicts BOI.
+Then it denoises an image, and continues with text.
 
-The patches are cut from the latents of a VAE. In this file, "image" always means these latents. The
-pixels are called a "picture".
+In this file, an "image" is always made of latents. Its pixels are called a "picture".
 
-Three training documents, with images of two patches. Row "predicts" has the target of the LM loss
-at each position, or "-" if there is none. Row "t" has the noise level of each image: 0 is clean,
-and 1 is pure noise.
+Here are three training documents, with images of two patches. Row "predicts" shows the target of
+the LM loss at each position, or "-" where there is none. Row "t" shows the noise level of each
+image: 0 is clean, and 1 is pure noise.
 
     text to image
         input     BOS  a    red     circle  .    BOI  patch  patch  EOI  EOS
@@ -31,46 +30,48 @@ and 1 is pure noise.
         predicts  BOI  -    -      -      make it    green  .      BOI  -    -      -      EOS  -
         t                   t <= 0.5                                     t <= 1
 
-After BOI, the N patches and EOI always follow, so there is nothing to predict. The LM loss is on
-text, BOI and EOS only. At a patch, the transformer denoises that same patch, not the next one.
+N patches and EOI always follow BOI, so there is nothing to predict there. The LM loss is only on
+text, BOI and EOS. At a patch, the transformer denoises that same patch, not the next one.
 
-Every image has a noise level of its own and a diffusion loss. The first image of a document is an
-input if something follows it: it is captioned or edited. Pure noise cannot be captioned, so its t
-is at most 0.5, the noise cap. Every other image is an output. Generation starts from pure noise, so
-its t goes up to 1.
+Each image has its own noise level and a diffusion loss. An image at the very start of a document is
+an input, if anything follows it. The model has to recognise an input, which is impossible in pure
+noise. So inputs have t at most 0.5, the noise cap. All other images are outputs. They are generated
+from pure noise, so they have t up to 1.
 
-`DEVIATION:` marks a difference from the paper, with the option that restores the paper's choice, if
-there is one. `NOT STATED:` marks what the paper leaves open.
+A comment with `DEVIATION:` says where this file differs from the paper, and which option, if any,
+restores the paper's choice. `NOT STATED:` means that the paper does not say.
 
-The documents come from data/tasks.py. A tenth are text alone, and the rest are a caption and its
-image. DEVIATION: half of these begin with the caption. In the paper, 80 % do (--caption-first 0.8).
-In a tenth of the documents with text before an image, the text is dropped. So the model also learns
-to generate images unconditionally, as classifier-free guidance needs.
+The documents come from data/tasks.py. By default, a tenth of them are text alone. The others are
+pairs of a caption and an image, and in half of the pairs the caption comes first. DEVIATION: it
+does in 80 % of the paper's (--caption-first 0.8). A tenth of the captions that come first are
+dropped. So the model also learns to generate images without text, for classifier-free guidance.
+Editing is a task of its own (--task edit).
 
-In code, one training step and one generation:
+One training step, and one generation from the beginnings of documents:
 
     loss, parts = model.loss(documents)
-    documents = generate(model, documents)
+    documents = generate(model, prompts)
 
-What the paper found. FID measures generated images (lower is better), CIDEr captions (higher is).
-    - Against Chameleon, which turns images into discrete tokens: the same FID with 3 % of the FLOPs
-      (7B parameters).
-    - Bidirectional attention inside images: FID 61.3 -> 20.3 (0.76B).
-    - U-Net patches on top of that: FID 20.3 -> 16.7, CIDEr 16.0 -> 25.4.
-    - The noise cap on top of that: CIDEr 25.4 -> 29.4.
+The paper reports FID for generated images (lower is better) and CIDEr for captions (higher is
+better). It finds that
+    - Transfusion needs 3 % of the FLOPs of Chameleon for the same FID (7B parameters). Chameleon is
+      the baseline, which turns images into discrete tokens.
+    - Bidirectional attention inside images improves FID from 61.3 to 20.3 (0.76B).
+    - U-Net patches then improve FID to 16.7, and CIDEr from 16.0 to 25.4.
+    - The noise cap then improves CIDEr to 29.4.
 
                               here              the paper
     parameters                0.25M             0.16B to 7B
     width of the transformer  64                768 to 4096
     picture                   32 x 32 pixels    256 x 256 pixels
-    image                     4 x 8 x 8         8 x 32 x 32
-    patches of an image       16, of 2 x 2      256, of 2 x 2
+    latents                   4 x 8 x 8         8 x 32 x 32
+    patches per image         16, of 2 x 2      256, of 2 x 2
 
 The method ends with the section "Generation". After it come the tokenizer, the VAE, U-Net patches
 and the baseline Chameleon.
 
-Shapes: B documents, T positions, M images in the batch, C x H x W an image, N patches of an image,
-D width of the transformer, V size of the vocabulary.
+Shapes: B documents, T positions, M images in the batch, C x H x W latents, N patches per image, D
+width of the transformer, V size of the vocabulary.
 """
 
 import math
@@ -87,7 +88,7 @@ from torch import nn
 
 @dataclass
 class Config:
-    """Each field is an option of train.py, and its comment is the help text. Come back to them."""
+    """Each field is an option of train.py, and its comment is the help text. Skip them at first."""
     model: Literal["transfusion", "chameleon"] = "transfusion"  # chameleon is the baseline
     dim: int = 64  # width of the transformer
     n_layers: int = 4  # number of transformer blocks
@@ -95,10 +96,10 @@ class Config:
     qk_norm: bool = False  # normalise queries and keys
     bidirectional: bool = True  # the patches of an image see each other; off: causal attention only
     target: Literal["eps", "x0"] = "x0"  # what the model predicts: the noise or the clean image
-    t_power: float = 2.0  # of the noise levels in training: 1 is uniform, more favours high noise
-    patch_encoder: Literal["linear", "unet"] = "linear"  # how patches enter and leave
+    t_power: float = 2.0  # noise levels are u^(1 / t_power), u uniform: above 1, more noise
+    patch_encoder: Literal["linear", "unet"] = "linear"  # and patch decoder
     lambda_ddpm: float = 5.0  # weight of the diffusion loss, as in the paper
-    noise_cap: float = 0.5  # largest noise level in training of an image that is an input
+    noise_cap: float = 0.5  # largest noise level of inputs in training
     image_size: int = 32  # pixels per side of a picture
     latent_size: int = 8  # height and width of the latents
     latent_channels: int = 4  # channels of the latents
@@ -125,15 +126,15 @@ class Config:
 
 # ---- Documents -----------------------------------------------------------------------------------
 
-# The special tokens. The model never predicts the first four. Text tokens follow from N_SPECIAL on.
+# The special tokens. The model never predicts the first four. Text tokens begin at N_SPECIAL.
 PAD, BOS, EOI, PATCH, BOI, EOS = range(6)
 N_NEVER_PREDICTED, N_SPECIAL = 4, 6
 
 def pack(documents, cfg, device):
     """Documents -> tokens (B, T) and images (M, C, H, W).
 
-    A document is a list, in reading order, of text tokens (int) and images (C, H, W). In the
-    baseline Chameleon, an image is a run of tokens (N,) of its own.
+    A document is a list, in reading order, of text tokens (int) and images: float (C, H, W), or,
+    in the baseline Chameleon, int (N,).
     """
     rows, images = [], []
     for document in documents:
@@ -144,7 +145,7 @@ def pack(documents, cfg, device):
             elif item.is_floating_point():
                 row += [BOI] + [PATCH] * cfg.n_patches + [EOI]
                 images.append(item.to(device))
-            else:  # an image of Chameleon
+            else:  # Chameleon's images are tokens
                 row += [BOI, *item.tolist(), EOI]
         rows.append([*row, EOS])
     rows = [torch.tensor(row, device=device) for row in rows]
@@ -167,12 +168,13 @@ def attention_mask(tokens, bidirectional=True):
     """
     T = tokens.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
-    # The patches of the first image of a document have number 1, those of the second have 2, ...
-    number = (tokens == BOI).cumsum(1)
+    if not bidirectional:
+        return causal.expand(len(tokens), 1, T, T)
+    image = (tokens == BOI).cumsum(1)  # the patches of the first image have 1, of the second 2, ...
     is_patch = tokens == PATCH
-    same_image = number[:, :, None] == number[:, None, :]
-    same_image = same_image & is_patch[:, :, None] & is_patch[:, None, :]
-    return (causal | (same_image & bidirectional))[:, None]
+    same_image = image[:, :, None] == image[:, None, :]
+    both_patches = is_patch[:, :, None] & is_patch[:, None, :]
+    return (causal | (same_image & both_patches))[:, None]
 
 # ---- Diffusion -----------------------------------------------------------------------------------
 
@@ -180,18 +182,17 @@ def noise_levels(u, cfg):
     """Uniform numbers u in [0, 1] -> noise levels t.
 
     In training, u is random. In sampling, it falls from 1 to 0 in equal steps. NOT STATED: the
-    distribution of t. DDPM's is uniform (--t-power 1). Here t = sqrt(u), so that there is more
-    training, and there are more denoising steps, at high noise, where the text decides what
-    appears.
+    distribution of t. DDPM's is uniform (--t-power 1). The default here, t = sqrt(u), spends more
+    of training and sampling at high noise, where the text decides what the image shows.
     """
     return u ** (1 / cfg.t_power)
 
 def alpha_bar(t):
-    """Cosine schedule (section 2.2): t (M,) -> the share of x_t's variance that is signal,
-    (M, 1, 1, 1).
+    """Cosine schedule (section 2.2): t (M,) -> alpha_bar (M, 1, 1, 1), the share of signal in the
+    variance of x_t.
 
     sqrt(alpha_bar) = cos(t * pi / 2). Here t is continuous; the paper's timestep is 1000 t. The
-    clamp prevents divisions by zero below.
+    clamp prevents division by zero in the functions below.
     """
     return torch.cos(t * math.pi / 2).square().clamp(1e-6, 1 - 1e-6)[:, None, None, None]
 
@@ -201,12 +202,12 @@ def q_sample(x0, eps, t):
     return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
 
 def predicted_x0(xt, pred, t, target):
-    """The clean image x0 that a prediction implies: x0 itself, or the equation of q_sample solved
-    for x0, if the prediction is eps.
+    """The clean image x0 according to a prediction of x0 or of eps.
 
-    DEVIATION: the paper predicts eps (--target eps --t-power 1). At this size, a model that
-    predicts x0 learns text to image in far fewer steps (data/README.md). Near t = 1, x_t is almost
-    eps. So eps is easy to predict there without reading the text, but x0 is not.
+    For eps, it is the equation of q_sample solved for x0. DEVIATION: the paper predicts eps
+    (--target eps --t-power 1). At this size, predicting x0 needs far fewer training steps
+    (data/README.md): near t = 1, where x_t is almost eps, eps can be predicted without reading the
+    text, but x0 cannot.
     """
     ab = alpha_bar(t)
     return pred if target == "x0" else (xt - (1 - ab).sqrt() * pred) / ab.sqrt()
@@ -214,29 +215,30 @@ def predicted_x0(xt, pred, t, target):
 def p_sample(xt, x0, t, t_next, eta):
     """One denoising step, from t to t_next < t, given the predicted x0.
 
-    x_t and x0 imply the noise eps. DDIM (eta = 0) noises x0 again with this eps, but to t_next.
-    DDPM (eta = 1) replaces a part of eps by fresh noise z:
+    Solve q_sample for eps. Then add noise to x0 again, but to level t_next. DDIM (eta = 0) adds the
+    same eps. DDPM's ancestral sampler (eta = 1) replaces a part of eps by fresh noise z:
         x_next = sqrt(ab_next) x0 + sqrt(1 - ab_next - sigma^2) eps + sigma z
-    Both leave a variance of 1 - ab_next to the noise. The formula for sigma is equation 16 of DDIM
-    (arXiv 2010.02502). NOT STATED: the sampler of the paper.
+    The total variance of the noise is 1 - ab_next for every sigma. That of DDPM is equation 16 of
+    DDIM (arXiv 2010.02502). NOT STATED: the paper's sampler.
     """
     ab, ab_next = alpha_bar(t), alpha_bar(t_next)
     eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()
     sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)).sqrt()
     z = torch.randn(xt.shape, device=xt.device)
-    eps_share = (1 - ab_next - sigma**2).clamp(min=0).sqrt()  # rounding can make it negative
-    return ab_next.sqrt() * x0 + eps_share * eps + sigma * z
+    eps_scale = (1 - ab_next - sigma**2).clamp(min=0).sqrt()  # clamp: rounding errors
+    return ab_next.sqrt() * x0 + eps_scale * eps + sigma * z
 
 def guide(conditional, unconditional, guidance_scale):
     """Classifier-free guidance: move a prediction away from the one made without the text.
 
-    A scale of 1 is no guidance. DEVIATION: the default is 2, and the paper's 3 or 5
-    (--guidance-scale). NOT STATED: how often training drops the text (--unconditional-share 0.1).
+    A scale of 1 is no guidance. To guide x0 is to guide eps, as each is a linear function of the
+    other, given x_t. DEVIATION: the default is 2, the paper's is 3, or 5 for 7B (--guidance-scale).
+    NOT STATED: how often training drops the text (--unconditional-share 0.1).
     """
     return unconditional + guidance_scale * (conditional - unconditional)
 
 def without_text(documents):
-    """Documents for the unconditional prediction. Their images stay: one may have to be edited."""
+    """Documents for the unconditional prediction. They keep their images, such as one to edit."""
     return [[item for item in document if not isinstance(item, int)] for document in documents]
 
 # ---- Transformer: Llama (RMSNorm, RoPE, SwiGLU, no biases) ---------------------------------------
@@ -246,7 +248,7 @@ def rope(x, base=10000.0):
     grow with the position.
 
     The dot product of a query and a key then depends on the distance between their positions.
-    Patches are counted like tokens, in raster order.
+    Each patch takes one position, in raster order.
     """
     T, head_dim = x.shape[-2:]
     frequency = base ** -(torch.arange(0, head_dim, 2, device=x.device) / head_dim)
@@ -325,7 +327,8 @@ class Llama(nn.Module):
         """Tokens (B, T) -> embeddings (B, T, D)."""
         is_patch = (tokens == PATCH) | (tokens >= self.n_text)  # the latter are Chameleon's codes
         position = (is_patch.cumsum(1) - 1) % self.cfg.n_patches  # 0 to N - 1 in each image
-        return self.token_embedding(tokens) + is_patch[:, :, None] * self.patch_position[position]
+        x = self.token_embedding(tokens)  # also of PATCH
+        return x + is_patch[:, :, None] * self.patch_position[position]
 
     def transformer(self, x, mask):
         """Embeddings (B, T, D) and a mask (B, 1, T, T) -> (B, T, D)."""
@@ -336,8 +339,8 @@ class Llama(nn.Module):
 def init_weights(model):
     """As in GPT-2: N(0, 0.02^2), and smaller for the matrices that end a residual branch.
 
-    As in DiT, the last layer of the patch decoder is zero. This matters: with PyTorch's own
-    initialisation of the patch layers, training takes clearly longer.
+    As in DiT, the last layer of the patch decoder is zero. This matters: with PyTorch's default
+    initialisation of the patch layers, training takes noticeably longer.
     """
     for name, p in model.named_parameters():
         if name.startswith("patch_decoder.last"):
@@ -362,33 +365,34 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
 
 class LinearPatchEncoder(nn.Module):
-    """Section 3: a linear layer for each patch, and the embedding of t.
+    """Section 3: one linear layer, applied to every patch, and the embedding of t.
 
     With linear patches, t enters the model here and nowhere else. DEVIATION: the paper adds the
-    embedding of t before the linear layer. A patch has only 16 numbers here, so it is added after.
+    embedding of t before the linear layer. Here a patch has only 4 x 2 x 2 numbers, so it is added
+    after the layer.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        # A convolution whose stride is its kernel size applies one linear layer to every patch.
-        self.linear = nn.Conv2d(cfg.latent_channels, cfg.dim, cfg.patch_size, cfg.patch_size)
+        # That is a convolution whose stride is its kernel size.
+        p = cfg.patch_size
+        self.linear = nn.Conv2d(cfg.latent_channels, cfg.dim, kernel_size=p, stride=p)
         self.time = TimeEmbedding(cfg.dim)
 
     def forward(self, xt, t):
         patches = self.linear(xt).flatten(2).transpose(1, 2)  # (M, N, D), in raster order
-        return patches + self.time(t)[:, None, :], None  # None: a U-Net returns skips as well
+        return patches + self.time(t)[:, None, :], None  # no skip connections, unlike a U-Net
 
 class LinearPatchDecoder(nn.Module):
-    """The reverse: a linear layer from the transformer's output to each patch."""
+    """One linear layer, applied to the transformer's output at every patch."""
 
     def __init__(self, cfg):
         super().__init__()
         self.grid = cfg.grid
-        self.last = nn.ConvTranspose2d(
-            cfg.dim, cfg.latent_channels, cfg.patch_size, cfg.patch_size
-        )
+        p = cfg.patch_size
+        self.last = nn.ConvTranspose2d(cfg.dim, cfg.latent_channels, kernel_size=p, stride=p)
 
-    def forward(self, x, _):
+    def forward(self, x, no_skips):
         x = x.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (M, D, grid, grid)
         return self.last(x)  # (M, C, H, W)
 
@@ -409,7 +413,7 @@ class Transfusion(Llama):
         x = self.embed(tokens)  # (B, T, D)
         patches, skips = self.patch_encoder(xt, t)  # (M, N, D)
 
-        # Both sides are in reading order: the images of the first document, then of the second.
+        # Indexing with is_patch goes through the rows in order, like the M images.
         is_patch = tokens == PATCH
         x[is_patch] += patches.flatten(0, 1)
 
@@ -427,10 +431,9 @@ class Transfusion(Llama):
         tokens, x0 = pack(documents, cfg, self.device)
 
         t = noise_levels(torch.rand(len(x0), device=self.device), cfg)  # (M,), one for each image
-        # The noise cap (table 8), if an image comes first in its document, so that its BOI is in
-        # column 1, and is not last, so that EOI is not followed by EOS.
-        row, column = (tokens == BOI).nonzero(as_tuple=True)
-        after_eoi = tokens[row, column + cfg.n_patches + 2]
+        # The noise cap (table 8) for inputs: BOI comes right after BOS, and EOI not before EOS.
+        row, column = (tokens == BOI).nonzero(as_tuple=True)  # of each image
+        after_eoi = tokens[row, column + 1 + cfg.n_patches + 1]
         is_input = (column == 1) & (after_eoi != EOS)
         # NOT STATED: the distribution of a capped t. Here it is uniform.
         t = torch.where(is_input, cfg.noise_cap * torch.rand_like(t), t)
@@ -460,22 +463,24 @@ class Transfusion(Llama):
         return tokens, logits
 
     def predict_x0(self, documents, xt, t):
-        """Append a noisy image to each document, and predict its x0: xt and x0 (B, C, H, W).
+        """Append one of the noisy images xt (B, C, H, W) to each document, and predict its x0.
 
-        All of them have the same noise level t (1,). The images before them are clean.
+        They all have noise level t (1,). Earlier images of the documents are clean.
         """
         documents = [[*document, image] for document, image in zip(documents, xt)]
-        tokens, images = pack(documents, self.cfg, self.device)  # all B documents' M images
-        last = (tokens == BOI).sum(1).cumsum(0) - 1  # (B,): which of them are the appended ones
+        tokens, images = pack(documents, self.cfg, self.device)
+        images_so_far = (tokens == BOI).sum(1).cumsum(0)  # at the end of each document
+        last = images_so_far - 1  # (B,): the index of each document's last image
         t_of_images = torch.zeros(len(images), device=self.device)
         t_of_images[last] = t
         _, pred = self(tokens, images, t_of_images)
         return predicted_x0(xt, pred[last], t, self.cfg.target)
 
     def draw(self, documents, steps, guidance_scale, eta, show):
-        """Diffusion mode: generate an image to follow each document. Returns (B, C, H, W).
+        """Diffusion mode: generate the next image of each document. Returns (B, C, H, W).
 
-        DEVIATION: the paper takes 250 steps (--steps 250).
+        Each step runs the model on the whole sequence, as with such short texts a cache would not
+        pay off. DEVIATION: the paper takes 250 steps (--steps 250).
         """
         both = documents + without_text(documents)  # 2B documents, for guidance
         xt = torch.randn(len(documents), *self.cfg.latent_shape, device=self.device)
@@ -484,7 +489,7 @@ class Transfusion(Llama):
         for t, t_next in pairwise(times.split(1)):  # each (1,)
             conditional, unconditional = self.predict_x0(both, torch.cat([xt, xt]), t).chunk(2)
             x0 = guide(conditional, unconditional, guidance_scale)
-            x0 = x0.clamp(-5, 5)  # an x0 that is computed from eps can be huge near t = 1
+            x0 = x0.clamp(-5, 5)  # computed from eps, it can be huge near t = 1
             xt = p_sample(xt, x0, t, t_next, eta)
             show(xt)
         return xt
@@ -494,8 +499,8 @@ class Transfusion(Llama):
 def next_logits(model, documents):
     """Logits (B, V) of the token after each document."""
     tokens, logits = model.logits(documents)
-    # `pack` has ended every document with EOS. The next token is predicted just before it, where
-    # EOS cannot be seen.
+    # `pack` ends even unfinished documents with EOS. This does no harm, as the position before EOS
+    # does not see it.
     is_before_eos = tokens[:, 1:] == EOS
     return logits[:, :-1][is_before_eos]
 
@@ -507,9 +512,9 @@ def sample_tokens(logits, temperature):
 
 def write(model, documents, max_tokens, temperature):
     """LM mode: append text to each document, in place, until the model predicts BOI or EOS, or has
-    written max_tokens. Returns the documents in which it predicted BOI.
+    written max_tokens. Returns the documents for which it predicted BOI.
 
-    BOI and EOS are not appended. `pack` puts BOI before the image that will follow.
+    BOI and EOS are not appended, since `pack` inserts them.
     """
     wants_image = []
     for _ in range(max_tokens):
@@ -537,8 +542,8 @@ def generate(
     """Section 3, inference: continue documents, which are lists of tokens and images.
 
     The model itself switches to diffusion mode, by predicting BOI. After the image, `pack` inserts
-    EOI, and LM mode goes on. A document ends when the model predicts EOS, when max_tokens of text
-    follow each other, or at the BOI after max_images.
+    EOI, and LM mode continues. A document ends when the model predicts EOS, after max_tokens text
+    tokens in a row, or at the next BOI after max_images new images.
     """
     documents = [list(document) for document in documents]  # copies, which grow below
     active = documents
@@ -549,7 +554,7 @@ def generate(
         images = model.draw(active, steps, guidance_scale, eta, show)
         for document, image in zip(active, images):
             document.append(image)
-    write(model, active, max_tokens, temperature)
+    write(model, active, max_tokens, temperature)  # the text after the last image
     return documents
 
 # ---- Tokenizer: text to tokens and back ----------------------------------------------------------
@@ -633,8 +638,9 @@ class VAE(nn.Module):
             nn.Conv2d(wide, wide, 3, padding=1),
             *up,
         )
-        # The noise schedule assumes latents of mean 0 and variance 1. So the means of the posterior
-        # are normalised, with fixed statistics after vae.eval(). NOT STATED: how the paper does it.
+        # The noise schedule assumes latents of mean 0 and variance 1, so the posterior means are
+        # normalised. The decoder is trained on them as they are. vae.eval() freezes the statistics.
+        # NOT STATED: how the paper scales its latents.
         self.normalise = nn.BatchNorm2d(cfg.latent_channels, affine=False)
 
     def to_input(self, pictures):
@@ -671,7 +677,7 @@ class VAE(nn.Module):
 
 # ---- U-Net patches -------------------------------------------------------------------------------
 
-UNET_DIM = 32  # channels at the resolution of the latents, doubled with each halving
+UNET_DIM = 32  # channels at the resolution of the latents; each halving doubles them
 TIME_DIM = 128  # dimension of the embedding of t
 
 def unet_widths(cfg):
@@ -696,10 +702,10 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + self.conv2(h)
 
 class UNetDown(nn.Module):
-    """The first half of a U-Net, which the paper finds better than linear patches (tables 5 to 7).
+    """The first half of a U-Net. In the paper, U-Net patches are better than linear ones (table 5).
 
-    Its convolutions mix neighbouring patches. Its features at every resolution, and the embedding
-    of t, go to the second half directly, around the transformer.
+    Convolutions mix neighbouring patches. Skip connections take the features at every resolution,
+    and the embedding of t, around the transformer to the second half.
     """
 
     def __init__(self, cfg):
@@ -743,31 +749,35 @@ class UNetUp(nn.Module):
 
 N_LEVELS, CODE_DIM = 5, 4
 N_CODES = N_LEVELS**CODE_DIM  # 625
-CODE_TEMPERATURE = 0.5  # drawings are less often right at 1, and vary less at 0
+CODE_TEMPERATURE = 0.5  # images match their captions less often at 1, and vary less at 0
 
 class QuantisedVAE(VAE):
-    """A VAE that turns each patch of an image into 4 integers from -2 to 2, and these into one
-    token: they are the digits of a number in base 5, the code. Codes follow the text tokens.
+    """A VAE with one latent vector per patch: 4 integers from -2 to 2. They are the digits, in base
+    5, of the patch's code, a number below 625. Token n_text + code stands for it.
 
-    DEVIATION: the paper learns a codebook of 16,384 vectors, and an image has a code for each of
-    its latents. Here the codebook is fixed: all points of a grid (FSQ, arXiv 2309.15505). And an
-    image has as many codes as Transfusion has patches (--patch-size 1: one for each latent).
+    DEVIATION: the paper learns a codebook of 16,384 vectors, and has one code for each position of
+    its 32 x 32 latents. Here the codebook is fixed: all points of a grid (FSQ, arXiv 2309.15505).
+    And there are only as many codes as Transfusion has patches.
     """
 
     def __init__(self, cfg, n_text):
-        # Its latents are as large as a patch: the encoder halves the picture more often.
+        # Each latent vector covers as many pixels as one of Transfusion's patches.
         super().__init__(replace(cfg, latent_size=cfg.grid, patch_size=1, latent_channels=CODE_DIM))
         self.n_text = n_text
         place_values = N_LEVELS ** torch.arange(CODE_DIM)  # 1, 5, 25, 125
         self.register_buffer("place_values", place_values[:, None, None])
 
     def quantise(self, x):
-        """Pictures -> integers (M, 4, grid, grid), as floats. Gradients ignore the rounding."""
+        """Pictures (M, 3, H, W) -> integers (M, 4, grid, grid), as floats.
+
+        The gradient ignores the rounding. In half of the training steps, uniform noise takes the
+        place of the rounding error. Without it, training sometimes fails.
+        """
         mean, _ = self.posterior(x)
         z = mean.tanh() * (N_LEVELS // 2)
         error = (z.round() - z).detach()
         if self.training and torch.rand(()) < 0.5:
-            error = torch.rand_like(z) - 0.5  # as much noise instead, or some trainings fail
+            error = torch.rand_like(z) - 0.5
         return z + error
 
     def loss(self, pictures):
@@ -794,8 +804,8 @@ class Chameleon(Llama):
     The documents and the transformer are those of Transfusion. But there is only the next-token
     loss, attention is causal, and an image is generated by sampling its codes.
 
-    DEVIATION: for stability, the paper's Chameleon has QK-norm, a z-loss, and norms after its
-    layers. Here it has the first two (--preset chameleon), but Llama's norms before the layers.
+    DEVIATION: for stability, the paper's Chameleon has QK-norm (here with --preset chameleon), a
+    z-loss, and norms after its layers. Here the norms are before the layers, as in Llama.
     """
 
     def __init__(self, cfg, n_text):
@@ -821,12 +831,12 @@ class Chameleon(Llama):
         return loss, {"text": losses[~is_code].mean(), "image": loss_codes}
 
     def draw(self, documents, steps, guidance_scale, eta, show):
-        """Sample an image to follow each document, code by code. Returns codes (B, N).
+        """Sample the codes of the next image of each document, one by one. Returns (B, N).
 
         The arguments of diffusion (steps, eta and show) have no effect.
         """
-        both = documents + without_text(documents)  # for guidance
-        both = [[*document, BOI] for document in both]
+        both = documents + without_text(documents)  # 2B documents, for guidance
+        both = [[*document, BOI] for document in both]  # codes follow, the same for both halves
         for _ in range(self.cfg.n_patches):
             conditional, unconditional = next_logits(self, both).chunk(2)
             logits = guide(conditional, unconditional, guidance_scale)[:, self.n_text :]
