@@ -1,7 +1,7 @@
 """Train Transfusion on the toy world: train the VAE, then the model, then score it.
 
     python train.py                                    the default, to runs/shapes
-    python train.py --model chameleon                  the baseline with discrete images
+    python train.py --preset chameleon                 the baseline with discrete images
     python train.py --task text                        the same documents without pictures
     python train.py --init runs/shapes --task edit     teach a trained model to edit pictures
     python train.py --data FOLDER                      your own pictures with captions
@@ -11,12 +11,14 @@ The output directory (--run) gets ckpt.pt, log.csv, progress.png (a row of drawi
 evaluation), figure.png (the attention mask, and drawings of held-out captions), metrics.json, and
 run.json with all settings. Ctrl-C saves a checkpoint, and --resume goes on from it.
 
-With --resume and --eval-only, options that are not given come from the checkpoint. With --init,
-only those of the model do (the fields of Config in transfusion.py), unless the task has its own.
+Where options that are not given come from:
+    a new run                  the defaults of the task, then those below
+    --init                     the same, but those of the model come from the checkpoint
+    --resume and --eval-only   the checkpoint
 
-To add an option, add a field to Config or to Run. To add a part of the loss, add it in `loss` in
-transfusion.py, and return it with the other parts: log.csv calls it loss_ and its name. To add a
-task or a score, see data/tasks.py.
+To add an option, add a field to Config or Run, with its help as a comment on the same line. To add
+a part of the loss, add it in `loss` in transfusion.py, and return it with the other parts: log.csv
+calls it loss_ and its name. To add a task or a score, see data/tasks.py.
 """
 
 import atexit
@@ -65,13 +67,13 @@ class Run:
     steps: int = 0  # training steps of the model; 0: as many as the task needs
     batch_size: int = 64  # documents per step, across all processes
     bf16: bool = False  # matrix products in bf16, for large models on a GPU
-    accumulate: int = 1  # parts into which each process splits its batch, to save memory
+    accumulate: int = 1  # micro-batches per step in each process, to save memory
     # DEVIATION: the paper uses AdamW throughout (--optimizer adamw --lr 2e-3).
     optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices of the transformer
     lr: float = 6e-3  # peak learning rate
     evaluations: int = 10  # how often to evaluate, and to write a checkpoint, during training
     eval_n: int = 512  # examples per score in the final table
-    val_n: int = 32  # examples per score in each evaluation before it
+    val_n: int = 32  # examples per score in each evaluation before it, on the validation split
     eval_split: Literal["test", "val"] = "test"  # test for final results, val to choose settings
     sample_steps: int = 25  # denoising steps in evaluations (paper: 250)
     eta: float = 1.0  # sampling noise: 0 is DDIM, 1 is DDPM's ancestral sampler
@@ -92,7 +94,7 @@ PAPER_SIZE = PAPER | {
 PRESETS = {
     "laptop-paper": PAPER,
     "chameleon": {"model": "chameleon", "qk_norm": True, "lr": 2e-3, "vae_steps": 3000},
-    # The paper's sizes, for --data. Its VAE and its U-Net are larger than these.
+    # The paper's sizes, for --data. The paper's VAE and U-Net are larger than ours.
     "0.16B": PAPER_SIZE | {"dim": 768, "n_layers": 16, "n_heads": 12},
     "0.37B": PAPER_SIZE | {"dim": 1024, "n_layers": 24, "n_heads": 16},
     "0.76B": PAPER_SIZE | {"dim": 1536, "n_layers": 24, "n_heads": 24},
@@ -150,24 +152,24 @@ def main(argv=None):
         defaults = checkpoint["cfg"] | defaults
     cfg, run = build(Config, defaults | options), build(Run, defaults | options)
 
-    # `averaged` is the moving average of the weights of `model`. It is what is scored.
     device, rank, n_processes = start_processes(run.device)
     torch.manual_seed(run.seed)  # in all processes, so that they start with the same model
     task = build_task(run, cfg)
+    run.steps = run.steps or task.steps
     words = checkpoint["words"] if checkpoint else task.words
-    tokenizer, averaged, vae = build_models(cfg, words, device, checkpoint)
-    trained = Trained(averaged, tokenizer, vae, run)
+    tokenizer, model, vae = build_models(cfg, words, device, checkpoint)
+    ema = copy.deepcopy(model).requires_grad_(False)  # the averaged weights, which are scored
+    scored = Trained(ema, tokenizer, vae, run)
     if mode == "eval_only":
         if rank == 0:
-            write_scores(trained, task, directory, checkpoint)
+            write_scores(scored, task, directory, checkpoint)
         return
-    part_size = size_of_part(run, n_processes)
-    model = copy.deepcopy(averaged).requires_grad_(True)
+    micro_batch_size = divide_batch(run, n_processes)
     optimizers = make_optimizers(model, run)
     first_step, history, drawings, best = 0, [], [], None
     if mode == "resume":
         states = [checkpoint["model"], checkpoint["ema"], *checkpoint["optimizers"]]
-        load_states([model, averaged, *optimizers], states)
+        load_states([model, ema, *optimizers], states)
         first_step, history = checkpoint["step"], checkpoint["history"]
         drawings, best = checkpoint["drawings"], checkpoint["best"]
         start_time -= 60 * checkpoint["minutes"]  # so that earlier minutes count
@@ -183,10 +185,11 @@ def main(argv=None):
     losses = []  # since the last evaluation
     bar = progress_bar(range(first_step, run.steps), "model")
     for step in bar:
-        # The random numbers of a step depend on nothing before it, so --resume repeats it exactly.
+        # The training step. Its random numbers depend on nothing before it, so that a resumed run
+        # equals an undisturbed one.
         torch.manual_seed(hash((run.seed, step, rank)))
         for _ in range(run.accumulate):
-            chosen = torch.randint(len(documents), (part_size,)).tolist()
+            chosen = torch.randint(len(documents), (micro_batch_size,)).tolist()
             with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
                 loss, parts = model.loss([documents[i] for i in chosen])
             (loss / run.accumulate).backward()
@@ -201,9 +204,9 @@ def main(argv=None):
                 group["lr"] = learning_rate(step, run.steps, run.lr)
             optimizer.step()
             optimizer.zero_grad()
-        update_average(averaged, model, step)
+        update_average(ema, model, step)
 
-        # Log, evaluate and save: only in the first process. The logged losses are its own.
+        # Log, evaluate, save: in the first process only, with the losses of its last micro-batch.
         if rank > 0:
             continue
         losses.append({f"loss_{k}": torch.as_tensor(part).item() for k, part in parts.items()})
@@ -212,19 +215,19 @@ def main(argv=None):
         if is_evaluation:
             means = {k: sum(row[k] for row in losses) / len(losses) for k in losses[0]}
             losses = []
-            scores, pictures = validate(trained, task)
+            scores, pictures = validate(scored, task)
             history.append({"step": step + 1} | means | scores)
             drawings += pictures
             write_progress(directory, history, drawings)
             if best_row(history) is history[-1]:
-                best = copy.deepcopy(averaged.state_dict())
+                best = copy.deepcopy(ema.state_dict())
         if is_evaluation or interrupted.is_set():
             checkpoint = {
                 "cfg": asdict(cfg), "run": asdict(run), "words": words, "step": step + 1,
                 "history": history, "drawings": drawings, "flops": flops * (step + 1),
                 "minutes": (time.time() - start_time) / 60, "vae": vae.state_dict(),
-                "model": model.state_dict(), "ema": averaged.state_dict(),
-                "best": best if history else averaged.state_dict(),
+                "model": model.state_dict(), "ema": ema.state_dict(),
+                "best": best if history else ema.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
             save_checkpoint(checkpoint, directory / "ckpt.pt")
@@ -233,8 +236,8 @@ def main(argv=None):
             sys.exit(f"Stopped after step {step + 1}. To go on: {again}")
     if rank == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C stops again at once
-        averaged.load_state_dict(best)
-        write_scores(trained, task, directory, checkpoint)
+        ema.load_state_dict(best)
+        write_scores(scored, task, directory, checkpoint)
 
 # ---- What main calls -----------------------------------------------------------------------------
 
@@ -247,10 +250,10 @@ def learning_rate(step, steps, peak):
     return peak * min((step + 1) / warmup, (steps - step) / (steps - warmup))
 
 @torch.no_grad()
-def update_average(averaged, model, step):
+def update_average(ema, model, step):
     """Move the average towards the model: a mean over about 100 steps, over fewer at first."""
     decay = min(0.99, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 def average_gradients(model, n_processes):
     """What DistributedDataParallel does, in its simplest form."""
@@ -258,12 +261,12 @@ def average_gradients(model, n_processes):
         dist.all_reduce(p.grad)
         p.grad /= n_processes
 
-def size_of_part(run, n_processes):
-    """How many documents a process takes at a time: a batch has n_processes * accumulate parts."""
-    n_parts = run.accumulate * n_processes
-    if run.batch_size % n_parts:
-        sys.exit(f"A batch of {run.batch_size} documents cannot be divided into {n_parts} parts.")
-    return run.batch_size // n_parts
+def divide_batch(run, n_processes):
+    """How many documents a process takes at a time, if each of them accumulates gradients."""
+    n_micro_batches = run.accumulate * n_processes
+    if run.batch_size % n_micro_batches:
+        sys.exit(f"A batch of {run.batch_size} documents cannot be divided by {n_micro_batches}.")
+    return run.batch_size // n_micro_batches
 
 def catch_ctrl_c(rank):
     """From here on, Ctrl-C only sets this event. Only the first process listens to it."""
@@ -302,7 +305,7 @@ def is_trained(vae):
 
 @torch.no_grad()
 def flops_per_document(model, documents):
-    """PyTorch counts those of the forward pass. A backward pass costs twice as many."""
+    """FLOPs of training on one document. A backward pass costs twice as many as a forward pass."""
     documents = documents[:256]
     with FlopCounterMode(display=False) as counter:
         model.logits(documents)
@@ -321,9 +324,11 @@ class Muon(torch.optim.Optimizer):
     def step(self, momentum=0.95):
         for group in self.param_groups:
             for p in group["params"]:
-                average = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                average.lerp_(p.grad, 1 - momentum)
-                update = orthogonalise(p.grad.lerp(average, momentum))  # Nesterov momentum
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - momentum)
+                update = orthogonalise(p.grad.lerp(state["momentum"], momentum))  # Nesterov
                 scale = 0.2 * max(p.shape) ** 0.5  # matches the RMS of AdamW's update
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * scale)
@@ -335,7 +340,7 @@ def orthogonalise(x, steps=3):
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
         xx = x @ x.T
-        x = 3.4445 * x + (-4.775 * xx + 2.0315 * xx @ xx) @ x
+        x = 3.4445 * x + (-4.775 * xx + 2.0315 * (xx @ xx)) @ x
     return x
 
 def make_optimizers(model, run):
@@ -386,13 +391,10 @@ def progress_bar(steps, description):
     return tqdm(steps, description, steps.stop, initial=steps.start, disable=disable)
 
 def build_task(run, cfg):
-    """The task. If no number of steps was chosen, it is that of the task."""
     try:
-        task = TASKS[run.task](run, cfg.image_size)
+        return TASKS[run.task](run, cfg.image_size)
     except ValueError as error:  # it cannot use these options, or this folder
         sys.exit(str(error))
-    run.steps = run.steps or task.steps
-    return task
 
 def build_models(cfg, words, device, checkpoint=None):
     """Returns tokenizer, model and VAE, with the best averaged weights of a checkpoint if given."""
@@ -403,8 +405,7 @@ def build_models(cfg, words, device, checkpoint=None):
         model, vae = Transfusion(cfg, len(tokenizer)), VAE(cfg)
     if checkpoint:
         load_states([model, vae], [checkpoint["best"], checkpoint["vae"]])
-    model.to(device).requires_grad_(False)
-    return tokenizer, model, vae.to(device).requires_grad_(False).eval()
+    return tokenizer, model.to(device), vae.to(device).requires_grad_(False).eval()
 
 def load_states(things, states):
     """Load states from a checkpoint into models and optimizers."""
