@@ -316,30 +316,32 @@ def flops_per_document(model, documents):
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024): momentum whose updates are made nearly orthogonal.
 
-    The same as torch.optim.Muon(adjust_lr_fn="match_rms_adamw", ns_steps=3), but in fp32, which is
-    several times as fast on a CPU without bf16.
+    The same as torch.optim.Muon(adjust_lr_fn="match_rms_adamw", ns_steps=3), but in fp32 and for
+    all matrices of a group at once, which is several times as fast on a CPU. They need the same
+    shape.
     """
 
     @torch.no_grad()
     def step(self, momentum=0.95):
         for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - momentum)
-                update = orthogonalise(p.grad.lerp(state["momentum"], momentum))  # Nesterov
-                scale = 0.2 * max(p.shape) ** 0.5  # matches the RMS of AdamW's update
+            grad = torch.stack([p.grad for p in group["params"]])  # (matrices, rows, columns)
+            state = self.state[group["params"][0]]
+            if not state:
+                state["momentum"] = torch.zeros_like(grad)
+            state["momentum"].lerp_(grad, 1 - momentum)
+            updates = orthogonalise(grad.lerp(state["momentum"], momentum))  # Nesterov
+            scale = 0.2 * max(grad.shape[1:]) ** 0.5  # matches the RMS of AdamW's update
+            for p, update in zip(group["params"], updates):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * scale)
 
 def orthogonalise(x, steps=3):
-    """Newton-Schulz iteration: a polynomial moves all singular values of a matrix towards 1."""
-    if x.shape[0] > x.shape[1]:
-        return orthogonalise(x.T, steps).T  # the products below are smaller this way
-    x = x / x.norm().clamp(min=1e-7)
+    """Newton-Schulz iteration: a polynomial moves all singular values of matrices towards 1."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalise(x.mT, steps).mT  # the products below are smaller this way
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        xx = x @ x.T
+        xx = x @ x.mT
         x = 3.4445 * x + (-4.775 * xx + 2.0315 * (xx @ xx)) @ x
     return x
 
@@ -354,7 +356,9 @@ def make_optimizers(model, run):
     ]
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95))]
     if muon:
-        optimizers.append(Muon(muon, {"weight_decay": 0.1}))
+        shapes = sorted({p.shape for p in muon})
+        groups = [{"params": [p for p in muon if p.shape == shape]} for shape in shapes]
+        optimizers.append(Muon(groups, {"weight_decay": 0.1}))
     return optimizers
 
 # ---- Processes, models, files --------------------------------------------------------------------

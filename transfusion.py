@@ -244,18 +244,18 @@ def without_text(documents):
 # ---- Transformer: Llama (RMSNorm, RoPE, SwiGLU, no biases) ---------------------------------------
 
 def rope(x, base=10000.0):
-    """Rotary position embedding: rotate pairs of features of x (..., T, head_dim) by angles that
-    grow with the position.
+    """Rotary position embedding of queries or keys x (..., T, head_dim).
 
-    The dot product of a query and a key then depends on the distance between their positions.
-    Each patch takes one position, in raster order.
+    Each pair of neighbouring features is a complex number. It is rotated by an angle that grows
+    with the position. The dot product of a query and a key then depends on the distance between
+    their positions. Each patch takes one position, in raster order.
     """
     T, head_dim = x.shape[-2:]
     frequency = base ** -(torch.arange(0, head_dim, 2, device=x.device) / head_dim)
     angle = torch.arange(T, device=x.device)[:, None] * frequency  # (T, head_dim / 2)
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x.chunk(2, dim=-1)  # feature i forms a pair with feature i + head_dim / 2
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    rotation = torch.complex(angle.cos(), angle.sin())
+    x = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(x * rotation).flatten(-2)
 
 class Attention(nn.Module):
     def __init__(self, cfg):

@@ -56,7 +56,7 @@ class Shapes:
 
     words = shapes.WORDS
     defaults = {}  # options of train.py whose defaults differ for this task
-    steps = 1800  # of training, unless --steps says otherwise
+    steps = 2000  # of training, unless --steps says otherwise
     text_only = 0.1  # share of the documents that are text alone
     edits = 0.0  # share of the documents that are edits
     single = 0.1  # share of the captioned pictures that show a single thing

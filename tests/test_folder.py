@@ -14,7 +14,7 @@ from PIL import Image
 
 import sample
 import train
-from data import emoji
+from data import emoji, folder
 from data.folder import find_captions, frequent_words, load_folder, load_picture, split_by_content
 from data.tasks import Folder
 from tests.conftest import TINY, call, complaint, metrics_of
@@ -144,6 +144,13 @@ def test_pictures_of_print_and_of_16_bits_are_read(tmp_path):
     red.save(tmp_path / "red.jpg")
     difference = load_picture(tmp_path / "red.jpg", 32) - np.array([255, 0, 0])
     assert np.abs(difference).max() < 5
+
+def test_large_photos_are_not_decoded_whole(tmp_path, monkeypatch):
+    Image.new("RGB", (1600, 1200), "red").save(tmp_path / "photo.jpg")
+    decoded = []
+    monkeypatch.setattr(folder, "to_8_bits", lambda image: decoded.append(image.size) or image)
+    load_picture(tmp_path / "photo.jpg", 32)
+    assert max(decoded[0]) <= 400
 
 @pytest.mark.parametrize("mode, value, name", [
     ("I;16", 128 * 256, "grey.png"),

@@ -149,14 +149,15 @@ def test_after_ctrl_c_the_run_goes_on_as_if_nothing_had_happened(
         return loss
 
     break_loss(monkeypatch, step, press_ctrl_c)
-    said = complaint(train.main, "--run", tmp_path / "x", *TINY)
+    run = tmp_path / "my run"
+    said = complaint(train.main, "--run", run, *TINY)
     assert f"step {step}" in said
-    assert f"--resume --run {tmp_path / 'x'}" in said
-    assert checkpoint_of(tmp_path / "x")["step"] == step
+    assert f"--resume --run '{run}'" in said
+    assert checkpoint_of(run)["step"] == step
     monkeypatch.undo()
-    assert "held-out examples" in call(train.main, "--eval-only", "--run", tmp_path / "x")
-    call(train.main, "--resume", "--run", tmp_path / "x")
-    assert_same_training(tmp_path / "x", trained[0])
+    assert "held-out examples" in call(train.main, "--eval-only", "--run", run)
+    call(train.main, "--resume", "--run", run)
+    assert_same_training(run, trained[0])
 
 def test_the_best_weights_are_kept_where_a_task_has_a_held_out_loss(tmp_path, monkeypatch):
     """The second of three evaluations is the best here. The fourth is the final table."""
@@ -193,8 +194,9 @@ def test_files_that_are_open_in_another_program_do_not_stop_a_run(tmp_path, monk
     assert checkpoint_of(run)["step"] == 12
 
 def test_consoles_that_know_few_characters_do_not_stop_a_run(tmp_path):
+    """Nor does a variable of torchrun that something else has set."""
     process = start("train.py", "--run", tmp_path / "\U0001f600", *TINY, "--steps", 1,
-                    PYTHONIOENCODING="cp1252")
+                    PYTHONIOENCODING="cp1252", RANK="1")
     out, error = process.communicate()
     assert process.returncode == 0, error
     assert "The results are in" in out
@@ -305,6 +307,17 @@ def test_two_processes_train_one_model(trained, tmp_path, monkeypatch):
     one, two = (checkpoint_of(run)["history"] for run in (trained[0], tmp_path / "two"))
     assert two[-1]["loss_text"] == pytest.approx(one[-1]["loss_text"], rel=0.1)
 
+def test_processes_on_the_cpu_need_no_gpu_where_there_is_one(monkeypatch):
+    backends = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", backends.append)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(train.atexit, "register", print)
+    assert train.start_processes("cpu") == (torch.device("cpu"), 0, 2)
+    assert backends == ["gloo"]
+
 # ---- The output directory ------------------------------------------------------------------------
 
 def test_a_second_run_renames_the_first(copy):
@@ -403,7 +416,7 @@ def test_muon_takes_the_steps_of_the_librarys():
     before = [torch.randn(size) for size in [(24, 24), (24, 24), (24, 64), (64, 24)]]
     ours, theirs = ([torch.nn.Parameter(w.clone()) for w in before] for _ in range(2))
     settings = {"lr": 0.02, "weight_decay": 0.1}
-    muon = Muon(ours, settings)
+    muon = Muon([{"params": group} for group in (ours[:2], ours[2:3], ours[3:])], settings)
     library = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", ns_steps=3, **settings)
     for _ in range(3):
         for p, q in zip(ours, theirs):

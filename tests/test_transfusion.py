@@ -256,12 +256,11 @@ def test_guidance_moves_away_from_the_prediction_without_text():
 # ---- The transformer -----------------------------------------------------------------------------
 
 def rotate(x):
-    """RoPE: features i and i + n of x (T, 2n) are one complex number, which is turned."""
-    real, imaginary = x.chunk(2, dim=1)
+    """RoPE: features 2 i and 2 i + 1 of x (T, 2n) are one complex number, which is turned."""
+    real, imaginary = x[:, 0::2], x[:, 1::2]
     T, n = real.shape
     angle = [[position * 10000 ** (-i / n) for i in range(n)] for position in range(T)]
-    turn = torch.polar(torch.ones(T, n).double(), torch.tensor(angle).double())
-    return torch.complex(real, imaginary) * turn
+    return torch.complex(real, imaginary) * torch.polar(torch.ones(T, n), torch.tensor(angle))
 
 def llama(model, x, mask):
     """An independent forward pass of one document: x (T, D), mask (T, T), head by head."""
@@ -285,8 +284,8 @@ def llama(model, x, mask):
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_the_transformer_is_llama(qk_norm):
     cfg = Config(**SMALL_MODEL, qk_norm=qk_norm)
-    model = randomise(Llama(cfg, N_TEXT)).double()
-    x = torch.randn(2, 40, 32).double()
+    model = randomise(Llama(cfg, N_TEXT))
+    x = torch.randn(2, 40, 32)
     mask = (torch.rand(2, 40, 40) > 0.5) | torch.eye(40).bool()
     found = model.transformer(x, mask[:, None])
     for row in range(2):
