@@ -53,7 +53,7 @@ One training step, and one generation from the beginnings of documents:
     documents = generate(model, prompts)
 
 The paper reports FID for generated images (lower is better) and CIDEr for captions (higher is
-better). It finds that
+better). Its findings:
     - Transfusion needs 3 % of the FLOPs of Chameleon for the same FID (7B parameters). Chameleon is
       the baseline, which turns images into discrete tokens.
     - Bidirectional attention inside images improves FID from 61.3 to 20.3 (0.76B).
@@ -218,8 +218,8 @@ def p_sample(xt, x0, t, t_next, eta):
     Solve q_sample for eps. Then add noise to x0 again, but to level t_next. DDIM (eta = 0) adds the
     same eps. DDPM's ancestral sampler (eta = 1) replaces a part of eps by fresh noise z:
         x_next = sqrt(ab_next) x0 + sqrt(1 - ab_next - sigma^2) eps + sigma z
-    The total variance of the noise is 1 - ab_next for every sigma. That of DDPM is equation 16 of
-    DDIM (arXiv 2010.02502). NOT STATED: the paper's sampler.
+    The total variance of the noise is 1 - ab_next for every sigma. The sigma of DDPM is equation 16
+    in the paper on DDIM (arXiv 2010.02502). NOT STATED: the sampler of Transfusion.
     """
     ab, ab_next = alpha_bar(t), alpha_bar(t_next)
     eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()
@@ -232,8 +232,8 @@ def guide(conditional, unconditional, guidance_scale):
     """Classifier-free guidance: move a prediction away from the one made without the text.
 
     A scale of 1 is no guidance. To guide x0 is to guide eps, as each is a linear function of the
-    other, given x_t. DEVIATION: the default is 2, the paper's is 3, or 5 for 7B (--guidance-scale).
-    NOT STATED: how often training drops the text (--unconditional-share 0.1).
+    other, given x_t. DEVIATION: the default is 2; the paper's is 3, or 5 against Chameleon
+    (--guidance-scale). NOT STATED: how often training drops the text (--unconditional-share 0.1).
     """
     return unconditional + guidance_scale * (conditional - unconditional)
 
