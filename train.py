@@ -173,8 +173,9 @@ def main(argv=None):
         first_step, history = checkpoint["step"], checkpoint["history"]
         drawings, best = checkpoint["drawings"], checkpoint["best"]
         start_time -= 60 * checkpoint["minutes"]  # so that earlier minutes count
+    settings = {"cfg": asdict(cfg), "run": asdict(run)}
     if rank == 0:
-        prepare_directory(directory, mode, cfg, run)
+        prepare_directory(directory, mode, settings)
     documents = task.documents(run.documents, run.seed)
     train_vae(vae, documents, run.vae_steps, n_processes)
     documents = encode(documents, tokenizer, vae)
@@ -222,8 +223,8 @@ def main(argv=None):
             if best_row(history) is history[-1]:
                 best = copy.deepcopy(ema.state_dict())
         if is_evaluation or interrupted.is_set():
-            checkpoint = {
-                "cfg": asdict(cfg), "run": asdict(run), "words": words, "step": step + 1,
+            checkpoint = settings | {
+                "words": words, "step": step + 1,
                 "history": history, "drawings": drawings, "flops": flops * (step + 1),
                 "minutes": (time.time() - start_time) / 60, "vae": vae.state_dict(),
                 "model": model.state_dict(), "ema": ema.state_dict(),
@@ -449,7 +450,7 @@ def default_directory(name, options):
         name = "chameleon"
     return f"runs/{Path(options['data']).resolve().name if 'data' in options else name}"
 
-def prepare_directory(directory, mode, cfg, run):
+def prepare_directory(directory, mode, settings):
     """Write run.json. An earlier run there is renamed. Exits if anything else is there."""
     if mode == "train" and (directory / "run.json").is_file():
         names = (directory.with_name(f"{directory.name}.{i}") for i in count(1))
@@ -461,7 +462,6 @@ def prepare_directory(directory, mode, cfg, run):
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "metrics.json").unlink(missing_ok=True)  # scores of an earlier step
-        settings = {"cfg": asdict(cfg), "run": asdict(run)}
         (directory / "run.json").write_text(json.dumps(settings, indent=1))
     except OSError as error:
         sys.exit(f"Cannot write to {directory}: {error}.")

@@ -160,7 +160,7 @@ def next_tokens(tokens):
     targets = tokens[:, 1:]
     return targets, targets >= N_NEVER_PREDICTED
 
-def attention_mask(tokens, bidirectional=True):
+def attention_mask(tokens, bidirectional):
     """Section 3, "Transfusion attention": which keys (columns) each query (row) attends to.
 
     tokens (B, T) -> bool (B, 1, T, T), the same for all heads. Padding is on the right, so causal
@@ -604,11 +604,13 @@ def encode(documents, tokenizer, vae):
         for batch in torch.stack(pictures).split(n):
             images += vae.encode(batch)
     images = iter(images)
-    return [
-        [item for part in document
-         for item in (tokenizer.encode(part) if isinstance(part, str) else [next(images)])]
-        for document in documents
-    ]
+    encoded = []
+    for document in documents:
+        items = []
+        for part in document:
+            items += tokenizer.encode(part) if isinstance(part, str) else [next(images)]
+        encoded.append(items)
+    return encoded
 
 # ---- VAE: pictures to latents and back -----------------------------------------------------------
 
@@ -815,7 +817,7 @@ class Chameleon(Llama):
     def logits(self, documents):
         """Documents -> their tokens (B, T) and next-token logits (B, T, V), for text and codes."""
         tokens, _ = pack(documents, self.cfg, self.device)
-        mask = attention_mask(tokens)  # causal, as no token is PATCH
+        mask = attention_mask(tokens, bidirectional=False)
         return tokens, self.lm_head(self.transformer(self.embed(tokens), mask))
 
     def loss(self, documents, z_weight=1e-5):

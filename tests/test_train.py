@@ -51,8 +51,8 @@ def break_loss(monkeypatch, step, broken):
     """In this step, the loss is broken(model, loss)."""
     loss, steps = Transfusion.loss, count(1)
 
-    def new_loss(model, documents):
-        value, parts = loss(model, documents)
+    def new_loss(model, documents, *args):
+        value, parts = loss(model, documents, *args)
         if next(steps) == step:
             value = broken(model, value)
         return value, parts
@@ -255,7 +255,7 @@ def test_accumulate_averages_the_gradients_of_the_parts(tmp_path, monkeypatch):
     sizes, gradients = [], []
     factors = iter([1e-6, 3e-6] * 2)  # so small that no gradient is clipped
 
-    def loss(model, documents):
+    def loss(model, documents, *_):
         sizes.append(len(documents))
         value = next(factors) * sum(p.sum() for p in model.parameters())
         return value, {"text": value}
@@ -277,9 +277,9 @@ def in_one_of_two_processes(directory):
     """What each of the processes of the test below does."""
     loss, batches = Transfusion.loss, []
 
-    def remember(model, documents):
+    def remember(model, documents, *args):
         batches.append((model, documents))
-        return loss(model, documents)
+        return loss(model, documents, *args)
 
     Transfusion.loss = remember
     train.main(["--run", directory, *TINY])

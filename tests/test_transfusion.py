@@ -186,7 +186,7 @@ def test_the_codes_of_chameleon_are_packed_as_tokens():
 def test_the_mask_is_causal_and_open_inside_an_image():
     cfg = two_patches()
     tokens, _ = pack(make(cfg, "red. * a *"), cfg, "cpu")
-    mask = attention_mask(tokens)[0, 0]
+    mask = attention_mask(tokens, bidirectional=True)[0, 0]
     rows = ["".join("#" if sees else "." for sees in row) for row in mask]
     assert rows == [
         "#............",  # BOS
@@ -494,6 +494,7 @@ def test_text_alone_has_no_image_loss_and_still_trains(kind):
     loss, parts = model.loss(make(model.cfg, "a red circle.", "a"))
     loss.backward()
     assert parts["image"] == 0
+    assert loss.isfinite() and all(part.isfinite() for part in parts.values())
     grad_norm = clip_grad_norm_(model.parameters(), 1.0)
     assert grad_norm.isfinite()
     assert grad_norm > 0
