@@ -9,7 +9,7 @@ and EOI (beginning and end of image) surround each image. Attention is causal, e
 patches of one image all see each other. To generate, the model writes text until it predicts BOI.
 Then it denoises an image, and continues with text.
 
-In this file, an "image" is always made of latents. Its pixels are called a "picture".
+In this file, an "image" is made of latents, and its pixels are called a "picture".
 
 Here are three training documents, with images of two patches. Row "predicts" shows the target of
 the LM loss at each position, or "-" where there is none. Row "t" shows the noise level of each
@@ -30,24 +30,25 @@ image: 0 is clean, and 1 is pure noise.
         predicts  BOI  -    -      -      make it    green  .      BOI  -    -      -      EOS  -
         t                   t <= 0.5                                     t <= 1
 
-N patches and EOI always follow BOI, so there is nothing to predict there. The LM loss is only on
-text, BOI and EOS. At a patch, the transformer denoises that same patch, not the next one.
+BOI is always followed by the N patches of the image and EOI, and EOS by nothing, so these positions
+have no LM loss. The LM loss is only on text, BOI and EOS. At a patch, the transformer denoises that
+same patch, not the next one.
 
 Each image has its own noise level and a diffusion loss. An image at the very start of a document is
-an input, if anything follows it. The model has to recognise an input, which is impossible in pure
-noise. So inputs have t at most 0.5, the noise cap. All other images are outputs. They are generated
-from pure noise, so they have t up to 1.
+an input, if anything follows it. The model has to see what an input shows, which is impossible in
+pure noise. So inputs have t at most 0.5, the noise cap. All other images are outputs. They are
+generated from pure noise, so they have t up to 1.
 
 A comment with `DEVIATION:` says where this file differs from the paper, and which option, if any,
 restores the paper's choice. `NOT STATED:` means that the paper does not say.
 
 The documents come from data/tasks.py. By default, a tenth of them are text alone. The others are
-pairs of a caption and an image, and in half of the pairs the caption comes first. DEVIATION: it
-does in 80 % of the paper's (--caption-first 0.8). A tenth of the captions that come first are
-dropped. So the model also learns to generate images without text, for classifier-free guidance.
-Editing is a task of its own (--task edit).
+pairs of a caption and an image, and in half of the pairs the caption comes first. DEVIATION: the
+paper has the caption first in 80 % of the pairs (--caption-first 0.8). If the caption comes first,
+it is dropped in a tenth of the cases. So the model also learns to generate images without text, for
+classifier-free guidance. Editing is a task of its own (--task edit).
 
-One training step, and one generation from the beginnings of documents:
+This is how the model is trained and used:
 
     loss, parts = model.loss(documents)
     documents = generate(model, prompts)
@@ -88,7 +89,7 @@ from torch import nn
 
 @dataclass
 class Config:
-    """Each field is an option of train.py, and its comment is the help text. Skip them at first."""
+    """Each field is an option of train.py, and its comment is the help text. Skip this at first."""
     model: Literal["transfusion", "chameleon"] = "transfusion"  # chameleon is the baseline
     dim: int = 64  # width of the transformer
     n_layers: int = 4  # number of transformer blocks
@@ -96,7 +97,7 @@ class Config:
     qk_norm: bool = False  # normalise queries and keys
     bidirectional: bool = True  # the patches of an image see each other; off: causal attention only
     target: Literal["eps", "x0"] = "x0"  # what the model predicts: the noise or the clean image
-    t_power: float = 2.0  # noise levels are u^(1 / t_power), u uniform: above 1, more noise
+    t_power: float = 2.0  # t = u^(1 / t_power), u uniform; 1 is uniform, more is noisier
     patch_encoder: Literal["linear", "unet"] = "linear"  # and patch decoder
     lambda_ddpm: float = 5.0  # weight of the diffusion loss, as in the paper
     noise_cap: float = 0.5  # largest noise level of inputs in training
@@ -189,7 +190,7 @@ def noise_levels(u, cfg):
 
 def alpha_bar(t):
     """Cosine schedule (section 2.2): t (M,) -> alpha_bar (M, 1, 1, 1), the share of signal in the
-    variance of x_t.
+    variance of x_t, if images have variance 1.
 
     sqrt(alpha_bar) = cos(t * pi / 2). Here t is continuous; the paper's timestep is 1000 t. The
     clamp prevents division by zero in the functions below.
@@ -231,9 +232,9 @@ def p_sample(xt, x0, t, t_next, eta):
 def guide(conditional, unconditional, guidance_scale):
     """Classifier-free guidance: move a prediction away from the one made without the text.
 
-    A scale of 1 is no guidance. To guide x0 is to guide eps, as each is a linear function of the
-    other, given x_t. DEVIATION: the default is 2; the paper's is 3, or 5 against Chameleon
-    (--guidance-scale). NOT STATED: how often training drops the text (--unconditional-share 0.1).
+    A scale of 1 is no guidance. Guiding x0 is equivalent to guiding eps. DEVIATION: the default is
+    2; the paper's is 3, or 5 against Chameleon (--guidance-scale). NOT STATED: how often training
+    drops the text (--unconditional-share 0.1).
     """
     return unconditional + guidance_scale * (conditional - unconditional)
 
@@ -327,7 +328,7 @@ class Llama(nn.Module):
         """Tokens (B, T) -> embeddings (B, T, D)."""
         is_patch = (tokens == PATCH) | (tokens >= self.n_text)  # the latter are Chameleon's codes
         position = (is_patch.cumsum(1) - 1) % self.cfg.n_patches  # 0 to N - 1 in each image
-        x = self.token_embedding(tokens)  # also of PATCH
+        x = self.token_embedding(tokens)
         return x + is_patch[:, :, None] * self.patch_position[position]
 
     def transformer(self, x, mask):
@@ -339,8 +340,8 @@ class Llama(nn.Module):
 def init_weights(model):
     """As in GPT-2: N(0, 0.02^2), and smaller for the matrices that end a residual branch.
 
-    As in DiT, the last layer of the patch decoder is zero. This matters: with PyTorch's default
-    initialisation of the patch layers, training takes noticeably longer.
+    As in DiT, the last layer of the patch decoder is zero. For the layers of patches, both matter:
+    with PyTorch's default initialisation there, training takes noticeably longer.
     """
     for name, p in model.named_parameters():
         if name.startswith("patch_decoder.last"):
@@ -368,13 +369,13 @@ class LinearPatchEncoder(nn.Module):
     """Section 3: one linear layer, applied to every patch, and the embedding of t.
 
     With linear patches, t enters the model here and nowhere else. DEVIATION: the paper adds the
-    embedding of t before the linear layer. Here a patch has only 4 x 2 x 2 numbers, so it is added
-    after the layer.
+    embedding of t before the linear layer. Here it is added after this layer, since a patch has
+    only 4 x 2 x 2 numbers, too few for a useful embedding.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        # That is a convolution whose stride is its kernel size.
+        # A convolution whose stride is its kernel size is one linear layer for all patches.
         p = cfg.patch_size
         self.linear = nn.Conv2d(cfg.latent_channels, cfg.dim, kernel_size=p, stride=p)
         self.time = TimeEmbedding(cfg.dim)
@@ -413,7 +414,7 @@ class Transfusion(Llama):
         x = self.embed(tokens)  # (B, T, D)
         patches, skips = self.patch_encoder(xt, t)  # (M, N, D)
 
-        # Indexing with is_patch goes through the rows in order, like the M images.
+        # x[is_patch] has the patch positions (M * N, D) row by row, which is the order of `pack`.
         is_patch = tokens == PATCH
         x[is_patch] += patches.flatten(0, 1)
 
@@ -431,9 +432,10 @@ class Transfusion(Llama):
         tokens, x0 = pack(documents, cfg, self.device)
 
         t = noise_levels(torch.rand(len(x0), device=self.device), cfg)  # (M,), one for each image
-        # The noise cap (table 8) for inputs: BOI comes right after BOS, and EOI not before EOS.
-        row, column = (tokens == BOI).nonzero(as_tuple=True)  # of each image
-        after_eoi = tokens[row, column + 1 + cfg.n_patches + 1]
+        # The noise cap (table 8) is for inputs: BOI comes right after BOS, and the token after EOI
+        # is not EOS.
+        row, column = (tokens == BOI).nonzero(as_tuple=True)  # where each of the M images begins
+        after_eoi = tokens[row, column + cfg.n_patches + 2]  # BOI, N patches, EOI, this token
         is_input = (column == 1) & (after_eoi != EOS)
         # NOT STATED: the distribution of a capped t. Here it is uniform.
         t = torch.where(is_input, cfg.noise_cap * torch.rand_like(t), t)
@@ -469,8 +471,8 @@ class Transfusion(Llama):
         """
         documents = [[*document, image] for document, image in zip(documents, xt)]
         tokens, images = pack(documents, self.cfg, self.device)
-        images_so_far = (tokens == BOI).sum(1).cumsum(0)  # at the end of each document
-        last = images_so_far - 1  # (B,): the index of each document's last image
+        # With 1, 2 and 1 images in three documents, the last ones have the indices 0, 2 and 3.
+        last = (tokens == BOI).sum(1).cumsum(0) - 1  # (B,)
         t_of_images = torch.zeros(len(images), device=self.device)
         t_of_images[last] = t
         _, pred = self(tokens, images, t_of_images)
@@ -499,8 +501,8 @@ class Transfusion(Llama):
 def next_logits(model, documents):
     """Logits (B, V) of the token after each document."""
     tokens, logits = model.logits(documents)
-    # `pack` ends even unfinished documents with EOS. This does no harm, as the position before EOS
-    # does not see it.
+    # `pack` ends even unfinished documents with EOS. The position before EOS does not see it, and
+    # predicts the next token.
     is_before_eos = tokens[:, 1:] == EOS
     return logits[:, :-1][is_before_eos]
 
@@ -641,8 +643,8 @@ class VAE(nn.Module):
             *up,
         )
         # The noise schedule assumes latents of mean 0 and variance 1, so the posterior means are
-        # normalised. The decoder is trained on them as they are. vae.eval() freezes the statistics.
-        # NOT STATED: how the paper scales its latents.
+        # normalised, for the decoder too. vae.eval() freezes the statistics. NOT STATED: how the
+        # paper scales its latents.
         self.normalise = nn.BatchNorm2d(cfg.latent_channels, affine=False)
 
     def to_input(self, pictures):
@@ -706,8 +708,8 @@ class ResBlock(nn.Module):
 class UNetDown(nn.Module):
     """The first half of a U-Net. In the paper, U-Net patches are better than linear ones (table 5).
 
-    Convolutions mix neighbouring patches. Skip connections take the features at every resolution,
-    and the embedding of t, around the transformer to the second half.
+    Convolutions mix neighbouring patches. Skip connections take the features at every resolution
+    around the transformer to the second half, which needs the embedding of t as well.
     """
 
     def __init__(self, cfg):
@@ -754,12 +756,12 @@ N_CODES = N_LEVELS**CODE_DIM  # 625
 CODE_TEMPERATURE = 0.5  # images match their captions less often at 1, and vary less at 0
 
 class QuantisedVAE(VAE):
-    """A VAE with one latent vector per patch: 4 integers from -2 to 2. They are the digits, in base
-    5, of the patch's code, a number below 625. Token n_text + code stands for it.
+    """A VAE with one latent vector per patch: 4 integers from -2 to 2. Plus 2, they are the digits,
+    in base 5, of the patch's code, a number below 625. Token n_text + code stands for it.
 
-    DEVIATION: the paper learns a codebook of 16,384 vectors, and has one code for each position of
+    DEVIATION: the paper learns a codebook of 16,384 vectors, and has one token for each position of
     its 32 x 32 latents. Here the codebook is fixed: all points of a grid (FSQ, arXiv 2309.15505).
-    And there are only as many codes as Transfusion has patches.
+    And an image has one token for each patch.
     """
 
     def __init__(self, cfg, n_text):
@@ -772,8 +774,9 @@ class QuantisedVAE(VAE):
     def quantise(self, x):
         """Pictures (M, 3, H, W) -> integers (M, 4, grid, grid), as floats.
 
-        The gradient ignores the rounding. In half of the training steps, uniform noise takes the
-        place of the rounding error. Without it, training sometimes fails.
+        A straight-through estimator: the gradient ignores the rounding. In half of the training
+        steps, uniform noise takes the place of the rounding error. Without it, training sometimes
+        fails.
         """
         mean, _ = self.posterior(x)
         z = mean.tanh() * (N_LEVELS // 2)
