@@ -9,11 +9,12 @@
 
 The output directory (--run) gets ckpt.pt, log.csv, progress.png (a row of drawings for each
 evaluation), figure.png (the attention mask, and drawings of held-out captions), metrics.json, and
-run.json with all settings. Ctrl-C saves a checkpoint, and --resume goes on from it.
+run.json with all settings. Ctrl-C, once the model trains, saves a checkpoint, and --resume goes on
+from it.
 
 Where options that are not given come from:
-    a new run                  the defaults of the task, then those below
-    --init                     the same, but those of the model come from the checkpoint
+    a new run                  --preset, else the defaults of the task, else those below
+    --init                     the same, but for the model the checkpoint instead of those below
     --resume and --eval-only   the checkpoint
 
 To add an option, add a field to Config or Run, with its help as a comment on the same line. To add
@@ -228,7 +229,7 @@ def main(argv=None):
                 "history": history, "drawings": drawings, "flops": flops * (step + 1),
                 "minutes": (time.time() - start_time) / 60, "vae": vae.state_dict(),
                 "model": model.state_dict(), "ema": ema.state_dict(),
-                "best": best if history else ema.state_dict(),
+                "best": best if history else ema.state_dict(),  # if not yet evaluated
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
             save_checkpoint(checkpoint, directory / "ckpt.pt")
