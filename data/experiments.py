@@ -93,7 +93,7 @@ TABLES = {
         {
             "Transfusion": ("wide", "FID 16.8, CIDEr 27.2, C4 7.72 (7B)"),
             "Chameleon": ("chameleon", "FID 29.6, CIDEr 18.0, C4 8.41 (7B)"),
-            "Transfusion, 0.4 of the FLOPs": ("short", ""),
+            "Transfusion, short": ("short", ""),
         },
     ),
     "text": Table(
