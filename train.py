@@ -85,6 +85,8 @@ class Run:
         if min(*numbers, self.sample_steps) < 1 or min(self.eval_n, self.val_n) < 2:
             raise ValueError("eval_n and val_n must be at least 2, and documents, batch_size, "
                              "accumulate, evaluations and sample_steps at least 1")
+        if self.steps < 0 or abs(self.seed) >= 2**63:
+            raise ValueError("steps must be at least 0, and seed less than 2^63")
         if not 0 < self.caption_first <= 1 or not 0 <= self.unconditional_share < 1:
             raise ValueError("caption_first and unconditional_share must be shares of documents")
 

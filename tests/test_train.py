@@ -349,6 +349,7 @@ def test_what_is_not_the_output_of_a_run_is_left_alone(tmp_path):
     ("--image-size 64", "64"),
     ("--dim 101", "dim"),
     ("--evaluations 0", "at least 1"),
+    ("--steps -1", "steps"),
     ("--t-power 0", "t_power"),
     ("--noise-cap 1.5", "noise_cap"),
     ("--caption-first nan", "caption_first"),
