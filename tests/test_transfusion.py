@@ -232,7 +232,7 @@ def test_a_right_prediction_gives_back_the_image_even_from_pure_noise(target):
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_one_step_has_the_right_mean_and_variance(eta):
     t, t_next = torch.tensor([0.6]), torch.tensor([0.45])
-    xt, x0 = 0.4, 0.7
+    xt, x0 = 1.2, 0.7
     ones = torch.ones(40_000, 1, 1, 1)
     drawn = p_sample(xt * ones, x0 * ones, t, t_next, eta)
 
@@ -753,6 +753,21 @@ def test_every_vector_of_integers_has_a_code_of_its_own_and_comes_back():
     close(from_codes, from_loss)
     assert from_loss.unique().tolist() == [-2, -1, 0, 1, 2]
     assert all_vectors.transpose(0, 1).flatten(1).unique(dim=1).shape == (4, N_CODES)
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_the_gradient_passes_straight_through_the_rounding(is_training):
+    vae = randomise(new_vae("chameleon")).train(is_training)
+    latents = []
+
+    def keep_output(module, args, output):
+        latents.append(output.requires_grad_())
+
+    vae.normalise.register_forward_hook(keep_output)
+    quantised = vae.quantise(torch.randn(4, 3, 32, 32))
+    gradient, = torch.autograd.grad(quantised.sum(), latents)
+    before = 2 * latents[0].tanh()
+    assert (quantised - before).abs().max() <= 0.5  # the nearest integer, or noise of that size
+    close(gradient, 2 - before.square() / 2)  # the gradient of 2 tanh
 
 def test_the_loss_of_chameleon_is_that_of_a_language_model_and_a_z_loss():
     model = random_model("chameleon")
