@@ -264,16 +264,17 @@ def table_of(table, results):
     header = ["", "run", *SCORES, *goals, "FLOPs / 10^12", "seeds", "the paper"]
     return markdown(header, rows) if rows else "no results yet"
 
+def mean_curve(results, run, column):
+    """A column of log.csv, or "flops": the mean over the seeds of a run."""
+    return np.mean([result["curves"][column] for result in results_of(results, run)], axis=0)
+
 def parity(results, run, baseline, score):
     """The share of the baseline's FLOPs at which the run reaches the baseline's final score, as
     text. It is read from the mean curves, on validation, by linear interpolation.
     """
-    def mean_curve(name, column):
-        curves = [result["curves"][column] for result in results_of(results, name)]
-        return np.mean(curves, axis=0)
-
-    flops, values = mean_curve(run, "flops"), mean_curve(run, score)
-    baseline_flops, baseline_values = mean_curve(baseline, "flops"), mean_curve(baseline, score)
+    flops, values = (mean_curve(results, run, column) for column in ("flops", score))
+    baseline_flops = mean_curve(results, baseline, "flops")
+    baseline_values = mean_curve(results, baseline, score)
     sign = 1 if score.endswith("_acc") else -1  # for a distance, lower is better
     ahead = sign * (values - baseline_values[-1])
     if ahead.max() < 0:
