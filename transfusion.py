@@ -169,13 +169,11 @@ def attention_mask(tokens, bidirectional):
     """
     T = tokens.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
-    if not bidirectional:
-        return causal.expand(len(tokens), 1, T, T)
     image = (tokens == BOI).cumsum(1)  # the patches of the first image have 1, of the second 2, ...
     is_patch = tokens == PATCH
     same_image = image[:, :, None] == image[:, None, :]
     both_patches = is_patch[:, :, None] & is_patch[:, None, :]
-    return (causal | (same_image & both_patches))[:, None]
+    return (causal | (same_image & both_patches & bidirectional))[:, None]
 
 # ---- Diffusion -----------------------------------------------------------------------------------
 
@@ -625,12 +623,12 @@ class VAE(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         n_halvings = int(math.log2(cfg.image_size / cfg.latent_size))
-        widths = [cfg.vae_dim * 2**i for i in range(n_halvings)]  # 24 channels, then 48
+        widths = [3] + [cfg.vae_dim * 2**i for i in range(n_halvings)]  # channels: 3, 24, 48
         wide = widths[-1]
         down, up = [], []
-        for n_in, n_out in pairwise([3, *widths]):
+        for n_in, n_out in pairwise(widths):
             down += [nn.Conv2d(n_in, n_out, 4, stride=2, padding=1), nn.SiLU()]
-        for n_in, n_out in pairwise([*widths[::-1], 3]):
+        for n_in, n_out in pairwise(widths[::-1]):
             up += [nn.SiLU(), nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1)]
         self.encoder = nn.Sequential(
             *down,
