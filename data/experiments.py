@@ -37,7 +37,7 @@ TINY = f"--dim 32 --n-layers 2 --n-heads 2 --qk-norm --lr 3e-3 {SAMPLER}"
 EPS = "--dim 96 --qk-norm --lr 3e-3 --sample-steps 50 --eta 1 --target eps --t-power 1"
 RUNS = {
     "cpu": "--device cpu",  # the default
-    "cpu-chameleon": "--device cpu --preset chameleon --steps 1690",  # with the same FLOPs
+    "cpu-chameleon": "--device cpu --preset chameleon --steps 1944",  # with the same FLOPs
     "wide": f"{WIDTH} --steps 1300",
     "short": f"{WIDTH} --steps 520",
     "causal": f"{WIDTH} --steps 1300 --no-bidirectional",

@@ -56,7 +56,7 @@ class Shapes:
 
     words = shapes.WORDS
     defaults = {}  # options of train.py whose defaults differ for this task
-    steps = 2000  # of training, unless --steps says otherwise
+    steps = 2300  # of training, unless --steps says otherwise
     text_only = 0.1  # share of the documents that are text alone
     edits = 0.0  # share of the documents that are edits
     single = 0.1  # share of the captioned pictures that show a single thing
@@ -220,9 +220,10 @@ class Folder:
     Validation and the final table use the same held-out pictures, but validation only the first.
     """
 
-    # Real pictures have more detail than the toy world's. And captions are learned by heart soon,
-    # so the diffusion loss needs more weight.
-    defaults = {"latent_channels": 8, "lambda_ddpm": 20.0}
+    # Real pictures have more detail than the toy world's. Captions are learned by heart soon, so
+    # the diffusion loss needs more weight. And the held-out loss, which decides what weights are
+    # kept, needs more examples.
+    defaults = {"latent_channels": 8, "lambda_ddpm": 20.0, "val_n": 128}
     passes = 60  # how often each picture is seen
 
     def __init__(self, run, image_size):
