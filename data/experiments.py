@@ -29,35 +29,39 @@ DIRECTORY = Path("runs/experiments")
 SCORES = "draw_acc", "frechet", "caption_acc", "text_excess"  # the columns of all tables
 GOAL = 0.9  # of accuracies: the tables say how many documents a model needs to reach it
 
-# Options of train.py. The width is that of the paper's tables here, not of the default. The number
-# of steps gives every run of a table about the same FLOPs.
+# Options of train.py. The number of steps gives every run of a table about the same FLOPs.
+RUNS = {
+    "default": "",
+    "chameleon": "--preset chameleon --steps 1944",
+    "short": "--steps 920",
+    "causal": "--no-bidirectional",
+    "no-cap": "--noise-cap 1",
+    # As many passes over the documents as Transfusion makes.
+    "text": "--task text --batch-size 82 --documents 41984",
+}
+SCALES = 1, 3, 5  # of guidance, beside the default's 2
+for scale in SCALES:
+    for name in ("default", "chameleon"):
+        RUNS[f"{name}-guidance-{scale}"] = f"{RUNS[name]} --guidance-scale {scale}".strip()
+
+# Models of another width, with another sampler.
 SAMPLER = "--sample-steps 16 --eta 0"
-WIDTH = f"--dim 96 --qk-norm --lr 3e-3 {SAMPLER}"
+WIDE = f"--dim 96 --qk-norm --lr 3e-3 {SAMPLER}"
 TINY = f"--dim 32 --n-layers 2 --n-heads 2 --qk-norm --lr 3e-3 {SAMPLER}"
 EPS = "--dim 96 --qk-norm --lr 3e-3 --sample-steps 50 --eta 1 --target eps --t-power 1"
-RUNS = {
-    "cpu": "--device cpu",  # the default
-    "cpu-chameleon": "--device cpu --preset chameleon --steps 1944",  # with the same FLOPs
-    "wide": f"{WIDTH} --steps 1300",
-    "short": f"{WIDTH} --steps 520",
-    "causal": f"{WIDTH} --steps 1300 --no-bidirectional",
-    "no-cap": f"{WIDTH} --steps 1300 --noise-cap 1",
-    "chameleon": f"--preset chameleon --dim 96 {SAMPLER} --steps 1160",
-    # As many passes over the documents as Transfusion makes.
-    "text": f"{WIDTH} --steps 1300 --task text --documents 79872",
-
+RUNS |= {
     "tiny": f"{TINY} --steps 1300",
     "tiny-chameleon": f"--preset chameleon {TINY} --lr 2e-3 --steps 862",
     "tiny-text": f"{TINY} --steps 1300 --task text --documents 79872",
 
-    "unet": f"{WIDTH} --steps 896 --patch-encoder unet",
-    "unet-causal": f"{WIDTH} --steps 896 --patch-encoder unet --no-bidirectional",
-    "64-patches": f"{WIDTH} --steps 491 --patch-size 1",
-    "64-unet": f"{WIDTH} --steps 450 --patch-size 1 --patch-encoder unet",
-    "4-patches": f"{WIDTH} --steps 1637 --patch-size 4",
-    "4-unet": f"{WIDTH} --steps 888 --patch-size 4 --patch-encoder unet",
+    "wide": f"{WIDE} --steps 1300",
+    "unet": f"{WIDE} --steps 896 --patch-encoder unet",
+    "64-patches": f"{WIDE} --steps 491 --patch-size 1",
+    "64-unet": f"{WIDE} --steps 450 --patch-size 1 --patch-encoder unet",
+    "4-patches": f"{WIDE} --steps 1637 --patch-size 4",
+    "4-unet": f"{WIDE} --steps 888 --patch-size 4 --patch-encoder unet",
 
-    "x0-long": f"{WIDTH} --steps 2600",
+    "x0-long": f"{WIDE} --steps 2600",
     "eps": f"{EPS} --steps 2600",
     "eps-unet": f"{EPS} --steps 1792 --patch-encoder unet",
 
@@ -66,41 +70,32 @@ RUNS = {
                   "--patch-encoder unet --steps 3000 --guidance-scale 3 --sample-steps 250",
 }
 
-SCALES = 1, 3, 5  # of guidance, beside the default's 2
-for scale in SCALES:
-    for name in ("cpu", "cpu-chameleon"):
-        RUNS[f"{name}-guidance-{scale}"] = f"{RUNS[name]} --guidance-scale {scale}"
-
 class Table(NamedTuple):
     """The runs that a table compares."""
     title: str
     rows: dict  # {label: (name of the run, the paper's result)}; all are compared with the first
 
 TABLES = {
-    "default": Table(
-        "The default and Chameleon with the same FLOPs, on one thread of a CPU",
-        {"Transfusion": ("cpu", ""), "Chameleon": ("cpu-chameleon", "")},
-    ),
-    "guidance": Table(
-        "The guidance scale",
-        {"Transfusion, 2": ("cpu", "")}
-        | {f"Transfusion, {scale}": (f"cpu-guidance-{scale}", "") for scale in SCALES}
-        | {"Chameleon, 2": ("cpu-chameleon", "")}
-        | {f"Chameleon, {scale}": (f"cpu-chameleon-guidance-{scale}", "") for scale in SCALES},
-    ),
     "models": Table(
         "Transfusion and Chameleon (the paper's table 3)",
         {
-            "Transfusion": ("wide", "FID 16.8, CIDEr 27.2, C4 7.72 (7B)"),
+            "Transfusion": ("default", "FID 16.8, CIDEr 27.2, C4 7.72 (7B)"),
             "Chameleon": ("chameleon", "FID 29.6, CIDEr 18.0, C4 8.41 (7B)"),
             "Transfusion, short": ("short", ""),
         },
+    ),
+    "guidance": Table(
+        "The guidance scale",
+        {"Transfusion, 2": ("default", "")}
+        | {f"Transfusion, {scale}": (f"default-guidance-{scale}", "") for scale in SCALES}
+        | {"Chameleon, 2": ("chameleon", "")}
+        | {f"Chameleon, {scale}": (f"chameleon-guidance-{scale}", "") for scale in SCALES},
     ),
     "text": Table(
         "Do images hurt the text? (the paper's table 4)",
         {
             "text alone": ("text", "C4 10.1 (0.76B)"),
-            "Transfusion": ("wide", "C4 10.4"),
+            "Transfusion": ("default", "C4 10.4"),
             "Chameleon": ("chameleon", "C4 11.8"),
         },
     ),
@@ -115,10 +110,15 @@ TABLES = {
     "attention": Table(
         "Attention inside images (the paper's table 5)",
         {
-            "bidirectional, linear": ("wide", "FID 20.3, CIDEr 16.0 (0.76B)"),
-            "causal, linear": ("causal", "FID 61.3, CIDEr 12.7"),
-            "bidirectional, U-Net": ("unet", "FID 16.7, CIDEr 25.4"),
-            "causal, U-Net": ("unet-causal", "FID 16.8, CIDEr 23.3"),
+            "bidirectional": ("default", "FID 20.3, CIDEr 16.0 (0.76B)"),
+            "causal": ("causal", "FID 61.3, CIDEr 12.7"),
+        },
+    ),
+    "noise-cap": Table(
+        "The noise cap (the paper's table 8)",
+        {
+            "t at most 0.5": ("default", "CIDEr 29.4 (0.76B, U-Net)"),
+            "no cap": ("no-cap", "CIDEr 25.4"),
         },
     ),
     "patches": Table(
@@ -130,13 +130,6 @@ TABLES = {
             "64 elements, U-Net": ("64-unet", ""),
             "16 elements, U-Net": ("unet", "256: FID 16.7, CIDEr 25.4"),
             "4 elements, U-Net": ("4-unet", "64: FID 16.0, CIDEr 29.9"),
-        },
-    ),
-    "noise-cap": Table(
-        "The noise cap (the paper's table 8)",
-        {
-            "t at most 0.5": ("wide", "CIDEr 29.4 (0.76B, U-Net)"),
-            "no cap": ("no-cap", "CIDEr 25.4"),
         },
     ),
     "target": Table(
@@ -321,9 +314,9 @@ def main(argv=None):
             curves = draw_curves(table, results, score)
             if curves:
                 curves.save(DIRECTORY / f"{name}-{score}.png")
-    if "models" in tables and results_of(results, "chameleon") and results_of(results, "wide"):
+    if "models" in tables and results_of(results, "chameleon") and results_of(results, "default"):
         for score in ("draw_acc", "frechet", "caption_acc"):
-            share = parity(results, "wide", "chameleon", score)
+            share = parity(results, "default", "chameleon", score)
             print(f"Share of Chameleon's FLOPs that reaches its final {score}: {share}")
 
 if __name__ == "__main__":
