@@ -393,10 +393,10 @@ def usable_device(name):
         sys.exit(f"The device {name} is not available: {reason}")
 
 def progress_bar(steps, description):
-    """A bar in the terminal of the first process. Where there is no terminal, there is no bar."""
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    disable = None if is_first else True
-    return tqdm(steps, description, steps.stop, initial=steps.start, disable=disable)
+    """A bar, unless the standard output is no terminal."""
+    return tqdm(
+        steps, description, steps.stop, initial=steps.start, file=sys.stdout, disable=None
+    )
 
 def build_task(run, cfg):
     try:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -169,7 +170,7 @@ def load_pairs(folder, size):
     found, notes = find_captions(folder), []
     with ThreadPoolExecutor(4) as pool:
         read = pool.map(lambda pair: load_pair(*pair, size, notes), found)
-        loaded = list(tqdm(read, "reading pictures", len(found), disable=None))
+        loaded = list(tqdm(read, "reading pictures", len(found), file=sys.stdout, disable=None))
     skipped = [pair for pair in loaded if isinstance(pair, str)]
     if skipped:
         print(f"Skipped {len(skipped)} of {len(found)} pictures:")
