@@ -148,11 +148,10 @@ def pack(documents, cfg, device):
                 images.append(item.to(device))
             else:  # Chameleon's images are tokens
                 row += [BOI, *item.tolist(), EOI]
-        rows.append([*row, EOS])
-    rows = [torch.tensor(row, device=device) for row in rows]
+        rows.append(torch.tensor([*row, EOS]))
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
     images = torch.stack(images) if images else torch.zeros(0, *cfg.latent_shape, device=device)
-    return tokens, images
+    return tokens.to(device), images
 
 def next_tokens(tokens):
     """Row "predicts" of the tables above: the targets (B, T - 1) of all positions but the last, and
