@@ -77,7 +77,7 @@ width of the transformer, V size of the vocabulary.
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -108,9 +108,9 @@ class Config:
     vae_dim: int = 24  # channels of the VAE at half the resolution of the picture
 
     def __post_init__(self):
-        sizes = self.dim, self.n_layers, self.n_heads, self.patch_size, self.latent_channels
-        if min(*sizes, self.vae_dim) < 1:
-            raise ValueError("dim, n_layers, n_heads and the sizes must be at least 1")
+        for f in fields(self):
+            if f.type is int and getattr(self, f.name) < 1:
+                raise ValueError(f"{f.name} must be at least 1")
         if not 0 < self.t_power < math.inf or not 0 <= self.noise_cap <= 1:
             raise ValueError("t_power must be more than 0, and noise_cap from 0 to 1")
         if self.dim % (2 * self.n_heads):  # RoPE rotates pairs of features of each head
