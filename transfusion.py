@@ -263,8 +263,9 @@ class Attention(nn.Module):
         self.wk = nn.Linear(cfg.dim, cfg.dim, bias=False)
         self.wv = nn.Linear(cfg.dim, cfg.dim, bias=False)
         self.wo = nn.Linear(cfg.dim, cfg.dim, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim) if cfg.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim) if cfg.qk_norm else nn.Identity()
+        norm = nn.RMSNorm if cfg.qk_norm else nn.Identity
+        self.q_norm = norm(self.head_dim)
+        self.k_norm = norm(self.head_dim)
 
     def forward(self, x, mask):
         q = self.split_heads(self.wq(x))  # (B, heads, T, head_dim)
