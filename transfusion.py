@@ -447,7 +447,7 @@ class Transfusion(Llama):
         loss_lm = F.cross_entropy(logits[:, :-1][has_loss], targets[has_loss])
 
         # L_DDPM: the mean squared error of each image, then the mean over the images of the batch.
-        target = {"eps": eps, "x0": x0}[cfg.target]
+        target = x0 if cfg.target == "x0" else eps
         error = (pred - target).square().mean((1, 2, 3))  # (M,)
         loss_ddpm = error.sum() / max(1, len(error))  # 0 without images
 
