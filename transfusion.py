@@ -345,9 +345,10 @@ def init_weights(model):
         if name.startswith("patch_decoder.last"):
             nn.init.zeros_(p)
         elif p.dim() > 1:
-            ends_branch = name.endswith(("wo.weight", "w2.weight"))
-            n_branches = 2 * model.cfg.n_layers if ends_branch else 1
-            nn.init.normal_(p, std=0.02 / math.sqrt(n_branches))
+            std = 0.02
+            if name.endswith(("wo.weight", "w2.weight")):  # they end the 2 branches of each block
+                std /= math.sqrt(2 * model.cfg.n_layers)
+            nn.init.normal_(p, std=std)
 
 # ---- Linear patches ------------------------------------------------------------------------------
 
