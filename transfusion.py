@@ -241,7 +241,7 @@ def without_text(documents):
 
 # ---- Transformer: Llama (RMSNorm, RoPE, SwiGLU, no biases) ---------------------------------------
 
-def rope(x, base=10000.0):
+def rope(x):
     """Rotary position embedding of queries or keys x (..., T, head_dim).
 
     Each pair of neighbouring features is a complex number. It is rotated by an angle that grows
@@ -249,7 +249,7 @@ def rope(x, base=10000.0):
     their positions. Each patch takes one position, in raster order.
     """
     T, head_dim = x.shape[-2:]
-    frequency = base ** -(torch.arange(0, head_dim, 2, device=x.device) / head_dim)
+    frequency = 10000 ** -(torch.arange(0, head_dim, 2, device=x.device) / head_dim)
     angle = torch.arange(T, device=x.device)[:, None] * frequency  # (T, head_dim / 2)
     rotation = torch.complex(angle.cos(), angle.sin())
     x = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
