@@ -105,9 +105,9 @@ def main(argv=None):
         )
         print(as_text(document, tokenizer))
         drawn = [item for item in document[len(prompt) :] if not isinstance(item, int)]
-        for i, image in enumerate(drawn):
-            shown = steps[args.steps * i : args.steps * (i + 1)] or [image[None]]
-            save_drawing(vae.decode(torch.cat(shown)).cpu().numpy(), args.out)
+        if drawn:
+            for shown in torch.cat(steps).chunk(len(drawn)):
+                save_drawing(vae.decode(shown).cpu().numpy(), args.out)
 
 if __name__ == "__main__":
     try:

@@ -837,15 +837,18 @@ class Chameleon(Llama):
     def draw(self, documents, steps, guidance_scale, eta, show):
         """Sample the codes of the next image of each document, one by one. Returns (B, N).
 
-        The arguments of diffusion (steps, eta and show) have no effect.
+        The arguments of diffusion (steps and eta) have no effect, and only the result is shown.
         """
         both = documents + without_text(documents)  # 2B documents, for guidance
         both = [[*document, BOI] for document in both]  # codes follow, the same for both halves
+        drawn = []
         for _ in range(self.cfg.n_patches):
             conditional, unconditional = next_logits(self, both).chunk(2)
             logits = guide(conditional, unconditional, guidance_scale)[:, self.n_text :]
             codes = self.n_text + sample_tokens(logits, CODE_TEMPERATURE)
+            drawn.append(codes)
             for document, code in zip(both, codes.repeat(2).tolist()):
                 document.append(code)
-        drawn = [document[-self.cfg.n_patches :] for document in both[: len(documents)]]
-        return torch.tensor(drawn, device=self.device)
+        images = torch.stack(drawn, dim=1)
+        show(images)
+        return images
