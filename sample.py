@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from itertools import count, groupby
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -61,13 +61,10 @@ def is_picture(file):
 
 def as_text(document, tokenizer):
     """A document of tokens and images as one line."""
-    parts = []
-    for is_text, items in groupby(document, lambda item: isinstance(item, int)):
-        if is_text:
-            parts.append(tokenizer.decode(items))
-        else:
-            parts += ["[BOI] picture [EOI]" for _ in items]
-    return " ".join(parts)
+    tokens = []
+    for item in document:
+        tokens += [item] if isinstance(item, int) else tokenizer.encode("[BOI] picture [EOI]")
+    return tokenizer.decode(tokens)
 
 def save_drawing(steps, directory):
     """Write the last of the pictures, uint8 (steps, H, W, 3), as a PNG and all of them as a GIF."""
