@@ -53,7 +53,7 @@ def parse_prompt(prompt, image_size):
             text = ""
         else:
             text += piece
-    return [part for part in [*document, clean(text)] if not isinstance(part, str) or part]
+    return [part for part in [*document, clean(text)] if len(part) > 0]  # no empty texts
 
 def is_picture(file):
     suffix = os.path.splitext(file)[1].lower()
