@@ -71,8 +71,8 @@ better). Its findings:
 The method ends with the section "Generation". After it come the tokenizer, the VAE, U-Net patches
 and the baseline Chameleon.
 
-Shapes: B documents, T positions, M images in the batch, C x H x W latents, N patches per image, D
-width of the transformer, V size of the vocabulary.
+Shapes: B documents, T positions, M images in the batch, C x H x W latents, N patches per image
+(grid x grid), D width of the transformer, V size of the vocabulary.
 """
 
 import math
@@ -380,21 +380,19 @@ class LinearPatchEncoder(nn.Module):
         self.time = TimeEmbedding(cfg.dim)
 
     def forward(self, xt, t):
-        patches = self.linear(xt).flatten(2).transpose(1, 2)  # (M, N, D), in raster order
-        return patches + self.time(t)[:, None, :], None  # no skip connections, unlike a U-Net
+        patches = self.linear(xt).movedim(1, -1)  # (M, grid, grid, D)
+        return patches + self.time(t)[:, None, None], None  # no skip connections, unlike a U-Net
 
 class LinearPatchDecoder(nn.Module):
     """One linear layer, applied to the transformer's output at every patch."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.grid = cfg.grid
         p = cfg.patch_size
         self.last = nn.ConvTranspose2d(cfg.dim, cfg.latent_channels, kernel_size=p, stride=p)
 
     def forward(self, x, no_skips):
-        x = x.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (M, D, grid, grid)
-        return self.last(x)  # (M, C, H, W)
+        return self.last(x.movedim(-1, 1))  # (M, grid, grid, D) -> (M, C, H, W)
 
 # ---- Transfusion ---------------------------------------------------------------------------------
 
@@ -411,11 +409,12 @@ class Transfusion(Llama):
         next token (B, T, V), and the prediction of eps or x0 (M, C, H, W).
         """
         x = self.embed(tokens)  # (B, T, D)
-        patches, skips = self.patch_encoder(xt, t)  # (M, N, D)
+        patches, skips = self.patch_encoder(xt, t)  # (M, grid, grid, D)
 
         # x[is_patch] has the patch positions (M * N, D) row by row, which is the order of `pack`.
+        # The patches of an image are in raster order.
         is_patch = tokens == PATCH
-        x[is_patch] += patches.flatten(0, 1)
+        x[is_patch] += patches.flatten(0, 2)
 
         x = self.transformer(x, attention_mask(tokens, self.cfg.bidirectional))
         logits = self.lm_head(x)
@@ -726,7 +725,7 @@ class UNetDown(nn.Module):
         for conv, block in zip(self.convs, self.blocks):
             x = block(conv(x), time)
             features.append(x)  # (M, width, H / 2^i, W / 2^i)
-        patches = self.last(x.flatten(2).transpose(1, 2))  # (M, N, D)
+        patches = self.last(x.movedim(1, -1))  # (M, grid, grid, D)
         return patches, (time, features)
 
 class UNetUp(nn.Module):
@@ -734,7 +733,7 @@ class UNetUp(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.grid, widths = cfg.grid, unet_widths(cfg)[::-1]
+        widths = unet_widths(cfg)[::-1]
         self.first = nn.Linear(cfg.dim, widths[0])
         self.blocks = nn.ModuleList(ResBlock(2 * width, width) for width in widths)
         doublings = [nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairwise(widths)]
@@ -743,7 +742,7 @@ class UNetUp(nn.Module):
 
     def forward(self, x, skips):
         time, features = skips
-        x = self.first(x).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        x = self.first(x).movedim(-1, 1)  # (M, width, grid, grid)
         for block, conv, feature in zip(self.blocks, self.convs, reversed(features)):
             x = conv(block(torch.cat([x, feature], dim=1), time))
         return self.last(x)  # (M, C, H, W)

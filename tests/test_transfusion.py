@@ -389,9 +389,9 @@ def test_patches_are_squares_in_raster_order_and_decoded_where_they_were_encoded
         square = torch.zeros(1, 4, 8, 8)
         square[:, :, row : row + 2, column : column + 2] = 1
         changed, _ = model.patch_encoder(latents + square, t)
-        assert (changed - patches).norm(dim=2).argmax() == n
+        assert (changed - patches).norm(dim=-1).argmax() == n
         changed = patches.clone()
-        changed[0, n] += 1
+        changed[0, row // 2, column // 2] += 1
         change = (model.patch_decoder(changed, skips) - pred).abs()
         assert F.avg_pool2d(change.sum(1), 2).argmax() == n
 
@@ -417,7 +417,7 @@ def test_the_unet_has_patches_of_every_size_and_uses_t_and_every_skip(patch_size
     patches, (time, features) = down(latents, t)
     other_patches, (other_time, _) = down(latents, 1 - t)
     pred = up(patches, (time, features))
-    assert patches.shape == (3, cfg.n_patches, cfg.dim)
+    assert patches.shape == (3, cfg.grid, cfg.grid, cfg.dim)
     assert pred.shape == latents.shape
 
     def differ(found, expected):
