@@ -647,7 +647,7 @@ class VAE(nn.Module):
 
     def to_input(self, pictures):
         """uint8 (M, H, W, 3) -> float (M, 3, H, W) in [-1, 1], on the device of the VAE."""
-        return pictures.permute(0, 3, 1, 2).to(self.normalise.running_mean) / 127.5 - 1
+        return pictures.movedim(-1, 1).to(self.normalise.running_mean) / 127.5 - 1
 
     def posterior(self, x):
         """The mean and the log variance of the latents, both (M, C, h, w)."""
@@ -675,7 +675,7 @@ class VAE(nn.Module):
     def decode(self, latents):
         """Latents (M, C, h, w) -> uint8 (M, H, W, 3)."""
         x = self.decoder(latents).clamp(-1, 1)
-        return ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+        return ((x + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)
 
 # ---- U-Net patches -------------------------------------------------------------------------------
 
