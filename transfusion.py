@@ -738,14 +738,15 @@ class UNetUp(nn.Module):
         self.blocks = nn.ModuleList(ResBlock(2 * width, width) for width in widths)
         doublings = [nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairwise(widths)]
         self.last = nn.Conv2d(widths[-1], cfg.latent_channels, 3, padding=1)
-        self.convs = nn.ModuleList([*doublings, nn.Identity()])
+        self.convs = nn.ModuleList(doublings)
 
     def forward(self, x, skips):
         time, features = skips
         x = self.first(x).movedim(-1, 1)  # (M, width, grid, grid)
-        for block, conv, feature in zip(self.blocks, self.convs, reversed(features)):
+        convs = [*self.convs, self.last]
+        for block, conv, feature in zip(self.blocks, convs, reversed(features)):
             x = conv(block(torch.cat([x, feature], dim=1), time))
-        return self.last(x)  # (M, C, H, W)
+        return x  # (M, C, H, W)
 
 # ---- Chameleon: the baseline, with discrete images -----------------------------------------------
 
