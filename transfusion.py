@@ -831,7 +831,7 @@ class Chameleon(Llama):
         loss = losses.mean() + z_weight * logits.logsumexp(-1).square().mean()
 
         is_code = targets >= self.n_text
-        loss_codes = losses[is_code].sum() / is_code.sum().clamp(min=1)
+        loss_codes = losses[is_code].sum() / max(1, is_code.sum())  # 0 without images
         return loss, {"text": losses[~is_code].mean(), "image": loss_codes}
 
     def draw(self, documents, steps, guidance_scale, eta, show):
