@@ -94,9 +94,9 @@ class Trained:
         """
         cfg, losses = self.model.cfg, []
         eps = torch.randn(1, *cfg.latent_shape, generator=torch.Generator().manual_seed(0))
-        for i in range(0, len(captions), 128):
-            documents = encode([[c] for c in captions[i : i + 128]], self.tokenizer, self.vae)
-            x0 = self.vae.encode(torch.from_numpy(pictures[i : i + 128]))
+        prompts = self.encode_in_parts([[caption] for caption in captions])
+        for documents, part in zip(prompts, torch.from_numpy(pictures).split(128)):
+            x0 = self.vae.encode(part)
             error = 0
             for t in torch.tensor(times, device=x0.device).split(1):
                 xt = q_sample(x0, eps.to(x0.device), t)
@@ -110,17 +110,17 @@ def accuracy(found, wanted):
     """The share of positions at which two sequences agree."""
     return sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
 
-def perplexity(trained, documents, end=EOS):
-    """Perplexity per token of the text in documents, and the number of tokens."""
-    log_p, n_tokens = trained.log_likelihood(documents, end)
-    return math.exp(min(-log_p.sum() / n_tokens.sum(), 100)), n_tokens.sum()
+def perplexity(log_p, n_tokens):
+    """Perplexity per token, from what Trained.log_likelihood returns."""
+    return math.exp(min(-log_p.sum() / n_tokens.sum(), 100))
 
 def score_perplexity(name, trained, texts, end, entropy):
     """Perplexity per token of texts, beside that of the true grammar: `entropy` nats for all. And
     their difference as a loss: the excess.
     """
-    value, n_tokens = perplexity(trained, [[text] for text in texts], end)
-    best = entropy / n_tokens
+    log_p, n_tokens = trained.log_likelihood([[text] for text in texts], end)
+    value = perplexity(log_p, n_tokens)
+    best = entropy / n_tokens.sum()
     return {
         f"{name}_ppl": (value, f"best possible {math.exp(best):.4f}: the true grammar"),
         f"{name}_excess": (1000 * float(math.log(value) - best), "best 0, in nats per 1000 tokens"),

@@ -263,8 +263,8 @@ class Folder:
 
         log_p, n_tokens = trained.log_likelihood(prompts, BOI)
         log_p -= math.log(self.caption_first * (1 - self.unconditional_share))  # given a caption
-        before = math.exp(min(-log_p.sum() / n_tokens.sum(), 100))
-        after, _ = perplexity(trained, pairs)
+        before = perplexity(log_p, n_tokens)
+        after = perplexity(*trained.log_likelihood(pairs))
         scores = score_matching(trained, captions, pictures, seed)
         loss = math.log(after)
         if "diffusion_loss" in scores:
