@@ -80,11 +80,12 @@ class Shapes:
             return [shapes.argument(scene, flip=rng.random() < 0.5)]
         choice = rng.random()
         if choice < self.single:
-            scene = shapes.pick(rng, shapes.SINGLES)
+            scenes = shapes.SINGLES
         elif choice < self.single + self.similar:
-            scene = shapes.pick(rng, SIMILAR_TRAIN)
+            scenes = SIMILAR_TRAIN
         else:
-            scene = shapes.pick(rng, shapes.SPLITS["train"])
+            scenes = shapes.SPLITS["train"]
+        scene = shapes.pick(rng, scenes)
         pair = [shapes.describe(scene, flip=rng.random() < 0.5), shapes.render(scene, rng)]
         return pair if rng.random() < self.caption_first else pair[::-1]
 
@@ -126,8 +127,7 @@ class Shapes:
         """The scores that need no picture."""
         scenes, captions, _ = zip(*examples(split, n, seed))
         rng = random.Random(seed)
-        flips = [rng.random() < 0.5 for _ in scenes]
-        texts = [shapes.argument(scene, flip) for scene, flip in zip(scenes, flips)]
+        texts = [shapes.argument(scene, flip=rng.random() < 0.5) for scene in scenes]
         of_text, of_captions = self.entropy("text", scenes), self.entropy("caption", scenes)
         return (
             score_perplexity("text", trained, texts, EOS, of_text)
