@@ -224,17 +224,19 @@ def mean_and_spread(values, reference):
     mark = " *" if p_value(values, reference) < 0.05 else ""
     return f"{mean} ± {np.std(values, ddof=1):.{digits}f}{mark}"
 
+def x_at(goal, xs, ys):
+    """The first x at which a curve reaches the goal, interpolated linearly, or None."""
+    reached = [i for i, y in enumerate(ys) if y >= goal]
+    if not reached:
+        return None
+    i = reached[0]
+    return xs[0] if i == 0 else np.interp(goal, ys[i - 1 : i + 1], xs[i - 1 : i + 1])
+
 def documents_to_goal(found, score):
     """Thousands of training documents until a score reaches GOAL, on validation: the mean."""
-    counts = []
-    for result in found:
-        values, documents = np.array(result["curves"][score]), result["curves"]["documents"]
-        if values.max() < GOAL:
-            return "not reached"
-        i = int(np.argmax(values >= GOAL))
-        counts.append(documents[0] if i == 0 else
-                      np.interp(GOAL, values[i - 1 : i + 1], documents[i - 1 : i + 1]))
-    return f"{np.mean(counts) / 1000:.0f}"
+    curves = [result["curves"] for result in found]
+    counts = [x_at(GOAL, curve["documents"], curve[score]) for curve in curves]
+    return "not reached" if None in counts else f"{np.mean(counts) / 1000:.0f}"
 
 def table_of(table, results):
     """A table as Markdown. Rows without results are left out."""
@@ -269,12 +271,8 @@ def parity(results, run, baseline, score):
     baseline_flops = mean_curve(results, baseline, "flops")
     baseline_values = mean_curve(results, baseline, score)
     sign = 1 if score.endswith("_acc") else -1  # for a distance, lower is better
-    ahead = sign * (values - baseline_values[-1])
-    if ahead.max() < 0:
-        return "not reached"
-    i = int(np.argmax(ahead >= 0))  # the first evaluation that reaches it
-    reached = flops[i] if i == 0 else np.interp(0, ahead[i - 1 : i + 1], flops[i - 1 : i + 1])
-    return f"{reached / baseline_flops[-1]:.2f}"
+    reached = x_at(sign * baseline_values[-1], flops, sign * values)
+    return "not reached" if reached is None else f"{reached / baseline_flops[-1]:.2f}"
 
 def draw_curves(table, results, score):
     """A Pillow image: the score of each seed against FLOPs; None without results."""
