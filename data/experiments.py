@@ -180,7 +180,6 @@ def train_missing(runs, seeds, jobs, more_options, results, path):
         (name, seed) for seed, name in product(seeds, runs)
         if results.get(f"{name}-{seed}", {}).get("options") != RUNS[name]
     ]
-    DIRECTORY.mkdir(parents=True, exist_ok=True)
     print(f"Training {len(missing)} runs, {jobs} at a time, in {DIRECTORY}.", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
         trained = pool.map(lambda run: train(*run, more_options), missing)
@@ -302,10 +301,10 @@ def main(argv=None):
         sys.exit(f"There are no results at {args.results}.")
     results = json.loads(args.results.read_text()) if args.results.is_file() else {}
     tables = {name: TABLES[name] for name in args.tables or TABLES}
+    DIRECTORY.mkdir(parents=True, exist_ok=True)
     if not args.show:
         runs = dict.fromkeys(run for table in tables.values() for run, _ in table.rows.values())
         train_missing(runs, args.seeds, args.jobs, args.options.split(), results, args.results)
-    DIRECTORY.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         print(f"\n{table.title}\n\n{table_of(table, results)}")
         for score in SCORES:

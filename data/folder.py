@@ -195,7 +195,7 @@ def load_pair(path, caption, size, notes):
                 notes.append("only the first line of the .txt file is used")
         caption = clean(caption)
         if not caption:
-            return f"{path}: its caption is empty."
+            raise ValueError("its caption is empty.")
         if len(caption.encode()) > LONGEST:
             caption = caption.encode()[:LONGEST].decode(errors="ignore")
             notes.append(f"cut after {LONGEST} bytes")

@@ -5,7 +5,6 @@ A picture is uint8 (H, W, 3). Functions return a Pillow image.
 
 import textwrap
 from contextlib import suppress
-from itertools import cycle
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -38,8 +37,8 @@ def find_font(text, size):
     for name in FONTS:
         with suppress(OSError):
             fonts.append(ImageFont.truetype(name, size))
-    boxes = [bytes(font.getmask("\uffff")) for font in fonts]  # what a font draws if it lacks it
-    for font, box in zip(fonts, boxes):
+    for font in fonts:
+        box = bytes(font.getmask("\uffff"))  # what the font draws for a character that it lacks
         if all(bytes(font.getmask(c)) != box for c in text if not c.isspace()):
             return font
     return fonts[0]
@@ -111,7 +110,8 @@ def learning_curves(lines, title, width=640, height=320):
         pen.line((left, y, right, y), GREY)
         pen.text((left - 6, y), f"{y_max * fraction:.3g}", BLACK, font, anchor="rm")
         pen.text((x, bottom + 6), f"{x_max * fraction:.1e}", BLACK, font, anchor="mt")
-    for i, ((label, curves), colour) in enumerate(zip(lines.items(), cycle(COLOURS))):
+    for i, (label, curves) in enumerate(lines.items()):
+        colour = COLOURS[i % len(COLOURS)]
         for xs, ys in curves:
             across = left + (right - left) * np.array(xs) / x_max
             up = bottom - (bottom - top) * np.array(ys) / y_max
