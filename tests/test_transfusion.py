@@ -34,7 +34,6 @@ from transfusion import (
     UNetDown,
     UNetUp,
     alpha_bar,
-    attention_mask,
     encode,
     generate,
     guide,
@@ -183,29 +182,6 @@ def test_the_codes_of_chameleon_are_packed_as_tokens():
     tokens, _ = pack([[7, torch.tensor([300, 500]), 8]], Config(), "cpu")
     assert tokens.tolist() == [[BOS, 7, BOI, 300, 500, EOI, 8, EOS]]
 
-def test_the_mask_is_causal_and_open_inside_an_image():
-    cfg = two_patches()
-    tokens, _ = pack(make(cfg, "red. * a *"), cfg, "cpu")
-    mask = attention_mask(tokens, bidirectional=True)[0, 0]
-    rows = ["".join("#" if sees else "." for sees in row) for row in mask]
-    assert rows == [
-        "#............",  # BOS
-        "##...........",  # red
-        "###..........",  # .
-        "####.........",  # BOI
-        "######.......",  # the first image: each patch sees both
-        "######.......",
-        "#######......",  # EOI
-        "########.....",  # a
-        "#########....",  # BOI
-        "###########..",  # the second image, which sees the first
-        "###########..",
-        "############.",  # EOI
-        "#############",  # EOS
-    ]
-    causal = attention_mask(tokens, bidirectional=False)[0, 0]
-    assert causal.equal(torch.ones(13, 13).tril().bool())
-
 # ---- Diffusion -----------------------------------------------------------------------------------
 
 def test_the_schedule_is_the_cosine_one():
@@ -294,38 +270,15 @@ def test_the_transformer_is_llama(qk_norm):
 # ---- What depends on what ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_position_depends_on_exactly_what_the_mask_lets_it_see(kind):
-    """By gradient, through all layers: on all before it, and a patch on its whole image.
-
-    With causal attention, and in Chameleon, it depends on nothing that comes later.
-    """
-    model = random_model(kind)
-    entered = []
-
-    def keep_input(module, args):
-        entered.append(args[0].detach().requires_grad_())
-        return entered[0], *args[1:]
-
-    model.blocks[0].register_forward_pre_hook(keep_input)
-    tokens, logits = model.logits(make(model.cfg, "a red * above *"))
-    T = tokens.shape[1]
-    expected = torch.ones(T, T).tril().bool()
-    if kind in ("default", "unet"):
-        for begin in (tokens[0] == BOI).nonzero()[:, 0].tolist():
-            patches = slice(begin + 1, begin + 1 + model.cfg.n_patches)
-            expected[patches, patches] = True
-    for q in range(T):
-        output = logits[0, q].square().sum()
-        gradient, = torch.autograd.grad(output, entered, retain_graph=True)
-        assert gradient[0].any(1).equal(expected[q]), q
-
-@pytest.mark.parametrize("kind", ["default", "causal", "unet"])
-def test_nothing_that_has_a_loss_depends_on_its_target_or_on_what_follows(kind):
+def test_everything_depends_on_exactly_what_it_may_see(kind):
     """By gradient with respect to all that enters: embedded tokens, images and their times.
 
-    A logit depends on all images before it and on the time of each, a prediction also on its own.
+    A position sees itself and all before it, and a patch its whole image, unless attention is
+    causal. It sees the images that begin before it. A prediction sees what the last patch of
+    its image sees. Nothing sees its target.
     """
     model = random_model(kind)
+    del model.blocks[1:]  # more blocks see more, through others
     entered = []
 
     def keep_output(module, args, output):
@@ -333,33 +286,30 @@ def test_nothing_that_has_a_loss_depends_on_its_target_or_on_what_follows(kind):
         return output.clone()
 
     model.token_embedding.register_forward_hook(keep_output)
-    tokens, images = pack(make(model.cfg, "a * red. * blue"), model.cfg, "cpu")
-    images.requires_grad_()
-    t = torch.tensor([0.3, 0.6], requires_grad=True)
-    logits, pred = model(tokens, images, t)
-
-    def depends_on(output):
-        """Which tokens (T,), which images (2,) and which times (2,)."""
-        inputs = [*entered, images, t]
-        gradients = torch.autograd.grad(output.square().sum(), inputs, retain_graph=True)
-        by_token, by_image, by_t = gradients
-        return by_token[0].any(1), by_image.flatten(1).any(1), by_t != 0
+    documents = make(model.cfg, "a * red. * blue")
+    if kind == "chameleon":
+        tokens, logits = model.logits(documents)
+        pred = []
+    else:
+        tokens, images = pack(documents, model.cfg, "cpu")
+        t = torch.tensor([0.3, 0.6], requires_grad=True)
+        logits, pred = model(tokens, images.requires_grad_(), t)
+        entered += [images, t]
 
     begins = (tokens[0] == BOI).nonzero()[:, 0]
-    _, has_loss = next_tokens(tokens)
-    for q in has_loss[0].nonzero()[:, 0]:
-        by_token, by_image, by_t = depends_on(logits[0, q])
-        assert by_token[q]
-        assert not by_token[q + 1 :].any()
-        assert by_image.equal(begins < q)
-        assert by_t.equal(begins < q)
-    for m, begin in enumerate(begins):
-        by_token, by_image, by_t = depends_on(pred[m])
-        end = begin + model.cfg.n_patches
-        assert by_token[begin]
-        assert not by_token[end + 1 :].any()
-        assert by_image.equal(begins <= begin)
-        assert by_t.equal(begins <= begin)
+    ends = begins + model.cfg.n_patches  # the last patch of each image
+    sees = torch.ones(tokens.shape[1], tokens.shape[1]).tril().bool()
+    if kind in ("default", "unet"):
+        for begin, end in zip(begins, ends):
+            patches = slice(begin + 1, end + 1)
+            sees[patches, patches] = True
+    outputs = [*enumerate(logits[0]), *zip(ends, pred)]
+    for position, output in outputs:
+        gradients = torch.autograd.grad(output.square().sum(), entered, retain_graph=True)
+        by_token, *by_image_and_t = gradients
+        assert by_token[0].any(1).equal(sees[position])
+        for gradient in by_image_and_t:
+            assert gradient.view(2, -1).any(1).equal(begins < position)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_and_the_rest_of_the_batch_change_nothing(kind):
