@@ -1,4 +1,4 @@
-"""Shared by the tests: how to run a script, and one trained run for the whole session."""
+"""Shared by the tests: how to run a script, where, and one trained run for the whole session."""
 
 import io
 import json
@@ -42,17 +42,24 @@ def call(main, *options):
     return out.getvalue()
 
 def complaint(main, *options):
-    """The message with which a script gives up. (Python prints it, and exits with status 1.)"""
+    """The line with which a script gives up. (Python prints it, and exits with status 1.)"""
     with redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as stop:
         main(list(map(str, options)))
-    assert isinstance(stop.value.code, str)
+    assert "\n" not in stop.value.code
     return stop.value.code
 
 def metrics_of(directory):
-    return json.loads((directory / "metrics.json").read_text())
+    return json.loads(Path(directory, "metrics.json").read_text())
 
 def checkpoint_of(directory):
-    return torch.load(directory / "ckpt.pt", weights_only=True)
+    return torch.load(Path(directory, "ckpt.pt"), weights_only=True)
+
+@pytest.fixture(autouse=True)
+def _in_a_new_directory(tmp_path):
+    """Each test runs in an empty directory of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        yield
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
