@@ -691,24 +691,3 @@ def test_the_loss_of_chameleon_is_that_of_a_language_model_and_a_z_loss():
     close(parts["text"], losses[~is_code].mean())
     close(parts["image"], losses[is_code].mean())
     close(loss, losses.mean() + 0.5 * log_z.square().mean())
-
-# ---- Configuration -------------------------------------------------------------------------------
-
-WRONG_OPTIONS = [
-    {"dim": 99},
-    {"dim": 0},
-    {"n_heads": 0},
-    {"n_heads": 5},
-    {"n_layers": 0},
-    {"patch_size": 3},
-    {"patch_size": 0},
-    {"latent_channels": 0},
-    {"latent_size": 0},
-    {"image_size": 48},
-    {"image_size": 8},
-]
-
-@pytest.mark.parametrize("options", WRONG_OPTIONS, ids=str)
-def test_sizes_that_do_not_fit_each_other_are_refused(options):
-    with pytest.raises(ValueError):
-        Config(**SMALL_MODEL | options)
