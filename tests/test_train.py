@@ -215,16 +215,12 @@ def test_an_interrupted_write_leaves_the_checkpoint_before_it(trained, monkeypat
     call(train.main, "--resume")
     assert_same_training("runs/shapes", trained[0])
 
-def nan_loss(model, loss):
-    return loss * float("nan")
+def test_nan_stops_the_run_and_the_checkpoint_is_kept(monkeypatch):
+    def nan_gradient(model, loss):
+        """The loss is the same, but the gradient of the square root of 0 is infinite."""
+        return loss + (model.lm_head.weight.sum() * 0).sqrt()
 
-def nan_gradient(model, loss):
-    """The loss is the same, but the gradient of the square root of 0 is infinite."""
-    return loss + (model.lm_head.weight.sum() * 0).sqrt()
-
-@pytest.mark.parametrize("broken", [nan_loss, nan_gradient])
-def test_nan_stops_the_run_and_the_checkpoint_is_kept(broken, monkeypatch):
-    break_loss(monkeypatch, 8, broken)  # an evaluation would follow
+    break_loss(monkeypatch, 8, nan_gradient)  # an evaluation would follow
     said = complaint(train.main, *TINY)
     assert "step 8" in said and "nan" in said
     checkpoint = checkpoint_of("runs/shapes")
