@@ -102,17 +102,15 @@ def test_a_whole_run(option):
 
 def test_init_starts_from_another_run(trained):
     before = files_in(trained[0])
-    call(train.main, *QUICK, 1, "--seed", 1, "--run", "unrelated")
     options = ["--task=edit", "--init", trained[0], "--lr", 1e-3]
     assert "Training the VAE" not in call(train.main, *SMALL, *options, "--steps", 1)
     assert files_in(trained[0]) == before
     old, new = checkpoint_of(trained[0]), checkpoint_of("runs/edit")
-    unrelated = checkpoint_of("unrelated")
     assert new["cfg"]["noise_cap"] == TASKS["edit"].defaults["noise_cap"]
     torch.testing.assert_close(new["vae"], old["vae"], rtol=0, atol=0)
     start = flat(old["ema"])
     for name in ("model", "ema"):
-        assert 0 < start.dist(flat(new[name])) < 0.1 * start.dist(flat(unrelated[name]))
+        assert 0 < start.dist(flat(new[name])) < 0.03 * start.norm()  # fresh: 0.4 or more
 
 def test_a_run_of_text_alone_goes_on_with_pictures():
     call(train.main, *QUICK, 1, "--task", "text")
