@@ -4,15 +4,14 @@ import json
 import re
 from collections import defaultdict
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 
 import train
 import transfusion
 from data import experiments, shapes, tasks
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", ROOT / "data" / "README.md")}
 README = PAGES[ROOT / "README.md"]
 
