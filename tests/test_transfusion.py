@@ -205,8 +205,13 @@ def test_one_step_has_the_right_mean_and_variance(eta):
     ab, ab_next = alpha_bar(t).item(), alpha_bar(t_next).item()
     beta = 1 - ab / ab_next
     variance = eta**2 * beta * (1 - ab_next) / (1 - ab)
-    eps = (xt - ab**0.5 * x0) / (1 - ab) ** 0.5
-    mean = ab_next**0.5 * x0 + (1 - ab_next - variance) ** 0.5 * eps  # equation 12 of DDIM
+    if eta == 1:  # the posterior of DDPM, equation 7
+        x0_share = ab_next**0.5 * beta / (1 - ab)
+        xt_share = (1 - beta) ** 0.5 * (1 - ab_next) / (1 - ab)
+        mean = x0_share * x0 + xt_share * xt
+    else:  # equation 12 of DDIM
+        eps = (xt - ab**0.5 * x0) / (1 - ab) ** 0.5
+        mean = ab_next**0.5 * x0 + (1 - ab_next - variance) ** 0.5 * eps
     assert drawn.mean().item() == pytest.approx(mean, abs=0.01)
     assert drawn.var().item() == pytest.approx(variance, rel=0.05, abs=1e-9)
 
