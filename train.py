@@ -106,14 +106,14 @@ PRESETS = {
 }
 
 def parse_options(argv):
-    """Returns the mode ("train", "resume" or "eval_only"), and a dict of the given options."""
+    """A dict of the options that are given, or that belong to the preset, and of no others."""
     parser = ArgumentParser(
         description=__doc__, formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS
     )
     parser.add_argument("--preset", choices=PRESETS, help="options to start from")
-    parser.add_argument("--resume", dest="mode", action="store_const", const="resume",
+    parser.add_argument("--resume", action="store_true",
                         help="continue the run in --run; --steps sets a new end")
-    parser.add_argument("--eval-only", dest="mode", action="store_const", const="eval_only",
+    parser.add_argument("--eval-only", action="store_true",
                         help="only score the checkpoint in --run")
     for kind in (Config, Run):
         lines = inspect.getsource(kind).splitlines()
@@ -129,8 +129,7 @@ def parse_options(argv):
                 settings = {"choices": choices} if choices else {"type": f.type}
             parser.add_argument("--" + f.name.replace("_", "-"), help=text, **settings)
     given = vars(parser.parse_args(argv))
-    preset = PRESETS.get(given.pop("preset", None), {})
-    return given.pop("mode", "train"), preset | given
+    return PRESETS.get(given.get("preset"), {}) | given
 
 def build(kind, options):
     """A Config or a Run from the options that are fields of it."""
@@ -143,11 +142,11 @@ def build(kind, options):
 
 def main(argv=None):
     start_time = time.time()
-    mode, options = parse_options(argv)
+    options = parse_options(argv)
     task_name = options.get("task", "folder" if "data" in options else "shapes")
     directory = Path(options.setdefault("run", default_directory(task_name, options)))
     checkpoint, defaults = None, TASKS[task_name].defaults | {"task": task_name}
-    if mode != "train":  # go on with a run, or score it
+    if "resume" in options or "eval_only" in options:
         checkpoint = load_checkpoint(directory)
         defaults = checkpoint["cfg"] | checkpoint["run"]
     elif "init" in options:  # start from the model of another run
@@ -163,14 +162,14 @@ def main(argv=None):
     tokenizer, model, vae = build_models(cfg, words, device, checkpoint)
     ema = copy.deepcopy(model).requires_grad_(False)  # the averaged weights, which are scored
     scored = Trained(ema, tokenizer, vae, run)
-    if mode == "eval_only":
+    if "eval_only" in options:
         if rank == 0:
             write_scores(scored, task, directory, checkpoint)
         return
     micro_batch_size = divide_batch(run, n_processes)
     optimizers = make_optimizers(model, run)
     first_step, history, drawings, best = 0, [], [], None
-    if mode == "resume":
+    if "resume" in options:
         states = [checkpoint["model"], checkpoint["ema"], *checkpoint["optimizers"]]
         load_states([model, ema, *optimizers], states)
         first_step, history = checkpoint["step"], checkpoint["history"]
@@ -178,7 +177,9 @@ def main(argv=None):
         start_time -= 60 * checkpoint["minutes"]  # so that earlier minutes count
     settings = {"cfg": asdict(cfg), "run": asdict(run)}
     if rank == 0:
-        prepare_directory(directory, mode, settings)
+        if "resume" not in options:
+            rename_earlier_run(directory)
+        write_settings(directory, settings)
     documents = task.documents(run.documents, run.seed)
     train_vae(vae, documents, run.vae_steps, n_processes)
     documents = encode(documents, tokenizer, vae)
@@ -453,16 +454,19 @@ def default_directory(name, options):
         name = "chameleon"
     return f"runs/{Path(options['data']).resolve().name if 'data' in options else name}"
 
-def prepare_directory(directory, mode, settings):
-    """Write run.json. An earlier run there is renamed. Exits if anything else is there."""
-    if mode == "train" and (directory / "run.json").is_file():
-        names = (directory.with_name(f"{directory.name}.{i}") for i in count(1))
-        new_name = next(path for path in names if not path.exists())
+def rename_earlier_run(directory):
+    """Make room for a new run. Exits if the directory has anything but an earlier run."""
+    if (directory / "run.json").is_file():
+        names = (f"{directory}.{i}" for i in count(1))
+        new_name = next(name for name in names if not Path(name).exists())
         directory.rename(new_name)
         print(f"The earlier run in {directory} is now {new_name}.")
-    elif mode == "train" and (directory.is_file() or any(directory.glob("*"))):
+    elif directory.is_file() or any(directory.glob("*")):
         sys.exit(f"{directory} is not the output of an earlier run. Choose another with --run.")
+
+def write_settings(directory, settings):
     try:
+
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "metrics.json").unlink(missing_ok=True)  # scores of an earlier step
         (directory / "run.json").write_text(json.dumps(settings, indent=1))

@@ -20,7 +20,7 @@ def test_commands_that_train_have_options_that_exist():
     assert len(commands) > 5
     for options in [*commands, *experiments.RUNS.values()]:
         if "..." not in options:
-            _, given = train.parse_options(options.split())
+            given = train.parse_options(options.split())
             train.build(train.Run, given)
             train.build(transfusion.Config, given)
 

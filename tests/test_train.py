@@ -406,7 +406,7 @@ def test_every_field_is_an_option_with_its_comment_as_help(capsys, monkeypatch):
     text = " ".join(capsys.readouterr().out.split())
     assert "100 % of it [-0.5]" in text and "--uncommented" in text
     given = {"share": -2.0, "on": False, "noise_cap": 1.0}
-    assert parse_options(["--share", "-2", "--no-on", "--noise-cap", "1"])[1] == given
+    assert parse_options(["--share", "-2", "--no-on", "--noise-cap", "1"]) == given
     with pytest.raises(SystemExit, match="2"):
         parse_options(["--target=noise"])
 
