@@ -56,7 +56,7 @@ from transfusion import VAE, Chameleon, Config, QuantisedVAE, Tokenizer, Transfu
 class Run:
     """All options that are not of the model. Each field is one, and its comment is the help."""
     run: str = ""  # output directory [runs/, and the name of the task, the baseline or the folder]
-    task: str = ""  # what to train on [shapes, or folder with --data]
+    task: Literal[tuple(TASKS)] = ""  # what to train on [shapes, or folder with --data]
     data: str = ""  # folder of your own pictures with captions
     init: str = ""  # output directory of an earlier run, to start from its model
     seed: int = 0  # random seed of the data, the weights and the noise
@@ -122,8 +122,9 @@ def parse_options(argv):
             text = comments[f.name].replace("%", "%%")
             if f.default != "":
                 text += f" [{f.default}]"
-            choices = TASKS if f.name == "task" else get_args(f.type)
+            choices = get_args(f.type)  # of Literal
             if f.type is bool:
+
                 settings = {"action": BooleanOptionalAction}
             else:
                 settings = {"choices": choices} if choices else {"type": f.type}
