@@ -134,10 +134,7 @@ def parse_options(argv):
 
 def build(kind, options):
     """A Config or a Run from the options that are fields of it."""
-    try:
-        return kind(**{f.name: options[f.name] for f in fields(kind) if f.name in options})
-    except ValueError as error:
-        sys.exit(f"These options do not work: {error}.")
+    return kind(**{f.name: options[f.name] for f in fields(kind) if f.name in options})
 
 # ---- The run -------------------------------------------------------------------------------------
 
@@ -153,11 +150,15 @@ def main(argv=None):
     elif "init" in options:  # start from the model of another run
         checkpoint = load_checkpoint(options["init"])
         defaults = checkpoint["cfg"] | defaults
-    cfg, run = build(Config, defaults | options), build(Run, defaults | options)
+    options = defaults | options
+    device, rank, n_processes = start_processes(options.get("device", Run.device))
+    try:
+        cfg, run = build(Config, options), build(Run, options)
+        task = TASKS[run.task](run, cfg.image_size)  # reads the folder, if there is one
+    except ValueError as error:
+        sys.exit(f"These options do not work: {error}")
 
-    device, rank, n_processes = start_processes(run.device)
     torch.manual_seed(run.seed)  # in all processes, so that they start with the same model
-    task = build_task(run, cfg)
     run.steps = run.steps or task.steps
     words = checkpoint["words"] if checkpoint else task.words
     tokenizer, model, vae = build_models(cfg, words, device, checkpoint)
@@ -400,11 +401,6 @@ def progress_bar(steps, description):
         steps, description, steps.stop, initial=steps.start, file=sys.stdout, disable=None
     )
 
-def build_task(run, cfg):
-    try:
-        return TASKS[run.task](run, cfg.image_size)
-    except ValueError as error:  # it cannot use these options, or this folder
-        sys.exit(str(error))
 
 def build_models(cfg, words, device, checkpoint=None):
     """Returns tokenizer, model and VAE, with the best averaged weights of a checkpoint if given."""
