@@ -172,8 +172,10 @@ def main(argv=None):
     optimizers = make_optimizers(model, run)
     first_step, history, drawings, best = 0, [], [], None
     if "resume" in options:
-        states = [checkpoint["model"], checkpoint["ema"], *checkpoint["optimizers"]]
-        load_states([model, ema, *optimizers], states)
+        load_state(model, checkpoint["model"])
+        load_state(ema, checkpoint["ema"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            load_state(optimizer, state)
         first_step, history = checkpoint["step"], checkpoint["history"]
         drawings, best = checkpoint["drawings"], checkpoint["best"]
         start_time -= 60 * checkpoint["minutes"]  # so that earlier minutes count
@@ -410,14 +412,14 @@ def build_models(cfg, words, device, checkpoint=None):
     else:
         model, vae = Transfusion(cfg, len(tokenizer)), VAE(cfg)
     if checkpoint:
-        load_states([model, vae], [checkpoint["best"], checkpoint["vae"]])
+        load_state(model, checkpoint["best"])
+        load_state(vae, checkpoint["vae"])
     return tokenizer, model.to(device), vae.to(device).requires_grad_(False).eval()
 
-def load_states(things, states):
-    """Load states from a checkpoint into models and optimizers."""
+def load_state(thing, state):
+    """Load the state of a model or an optimizer from a checkpoint."""
     try:
-        for thing, state in zip(things, states, strict=True):
-            thing.load_state_dict(state)
+        thing.load_state_dict(state)
     except (RuntimeError, ValueError) as error:  # it says which keys and shapes differ
         sys.exit(f"The checkpoint does not fit these options. {error}")
 
