@@ -162,7 +162,7 @@ def main(argv=None):
     run.steps = run.steps or task.steps
     words = checkpoint["words"] if checkpoint else task.words
     tokenizer, model, vae = build_models(cfg, words, device, checkpoint)
-    ema = copy.deepcopy(model).requires_grad_(False)  # the averaged weights, which are scored
+    ema = copy.deepcopy(model)  # the averaged weights, which are scored
     scored = Trained(ema, tokenizer, vae, run)
     if "eval_only" in options:
         if rank == 0:
@@ -219,7 +219,8 @@ def main(argv=None):
         if rank > 0:
             continue
         losses.append({f"loss_{k}": torch.as_tensor(part).item() for k, part in parts.items()})
-        bar.set_postfix({name: f"{value:.3f}" for name, value in losses[-1].items()})
+        bar.set_postfix(losses[-1])
+
         is_evaluation = (step + 1) % eval_every == 0 or step + 1 == run.steps
         if is_evaluation:
             means = {k: sum(row[k] for row in losses) / len(losses) for k in losses[0]}
@@ -284,26 +285,27 @@ def catch_ctrl_c(rank):
     return interrupted
 
 def train_vae(vae, documents, steps, n_processes):
-    """Train the VAE on the pictures of documents, unless it is trained already, and freeze it."""
+    """Train the VAE on the pictures of documents, unless there are none or it is trained."""
     # Each picture once, although several documents of a folder may share it.
     parts = {id(part): part for document in documents for part in document}
     pictures = [part for part in parts.values() if not isinstance(part, str)]
-    if pictures and not is_trained(vae):
-        print(f"Training the VAE on {len(pictures)} pictures, {steps} steps.", flush=True)
-        pictures = torch.from_numpy(np.stack(pictures))
-        vae.requires_grad_(True).train()
-        optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.95), weight_decay=0)
-        bar = progress_bar(range(steps), "VAE")
-        for step in bar:
-            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak=2e-3)
-            loss = vae.loss(pictures[torch.randint(len(pictures), (16,))])
-            if not torch.isfinite(loss):
-                sys.exit(f"Stopped: the loss of the VAE is {loss} at step {step + 1}.")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-    vae.requires_grad_(False).eval()
+    if not pictures or is_trained(vae):
+        return
+    print(f"Training the VAE on {len(pictures)} pictures, {steps} steps.", flush=True)
+    pictures = torch.from_numpy(np.stack(pictures))
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.95), weight_decay=0)
+    vae.train()
+    bar = progress_bar(range(steps), "VAE")
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak=2e-3)
+        loss = vae.loss(pictures[torch.randint(len(pictures), (16,))])
+        if not torch.isfinite(loss):
+            sys.exit(f"Stopped: the loss of the VAE is {loss} at step {step + 1}.")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        bar.set_postfix(loss=loss.item())
+    vae.eval()
     if n_processes > 1:  # GPUs may round differently, but all processes need the same VAE
         for tensor in vae.state_dict().values():
             dist.broadcast(tensor, src=0)
@@ -414,7 +416,7 @@ def build_models(cfg, words, device, checkpoint=None):
     if checkpoint:
         load_state(model, checkpoint["best"])
         load_state(vae, checkpoint["vae"])
-    return tokenizer, model.to(device), vae.to(device).requires_grad_(False).eval()
+    return tokenizer, model.to(device), vae.to(device).eval()
 
 def load_state(thing, state):
     """Load the state of a model or an optimizer from a checkpoint."""
