@@ -190,7 +190,8 @@ def main(argv=None):
 
     eval_every = math.ceil(run.steps / run.evaluations)
     flops = run.batch_size * flops_per_document(model, documents)
-    interrupted = catch_ctrl_c(rank)
+    interrupted = Event()  # from here on, Ctrl-C only sets it
+    signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     losses = []  # since the last evaluation
     bar = progress_bar(range(first_step, run.steps), "model")
     for step in bar:
@@ -278,11 +279,6 @@ def divide_batch(run, n_processes):
         sys.exit(f"A batch of {run.batch_size} documents cannot be divided by {n_micro_batches}.")
     return run.batch_size // n_micro_batches
 
-def catch_ctrl_c(rank):
-    """From here on, Ctrl-C only sets this event. Only the first process listens to it."""
-    interrupted = Event()
-    signal.signal(signal.SIGINT, signal.SIG_IGN if rank else lambda *_: interrupted.set())
-    return interrupted
 
 def train_vae(vae, documents, steps, n_processes):
     """Train the VAE on the pictures of documents, unless there are none or it is trained."""
