@@ -219,23 +219,24 @@ def main(argv=None):
         # Log, evaluate, save: in the first process only, with the losses of its last micro-batch.
         if rank > 0:
             continue
+        done = step + 1  # steps
         losses.append({f"loss_{k}": torch.as_tensor(part).item() for k, part in parts.items()})
         bar.set_postfix(losses[-1])
 
-        is_evaluation = (step + 1) % eval_every == 0 or step + 1 == run.steps
+        is_evaluation = done % eval_every == 0 or done == run.steps
         if is_evaluation:
             means = {k: sum(row[k] for row in losses) / len(losses) for k in losses[0]}
             losses = []
             scores, pictures = validate(scored, task)
-            history.append({"step": step + 1} | means | scores)
+            history.append({"step": done} | means | scores)
             drawings += pictures
             write_progress(directory, history, drawings)
             if best_row(history) is history[-1]:
                 best = copy.deepcopy(ema.state_dict())
         if is_evaluation or interrupted.is_set():
             checkpoint = settings | {
-                "words": words, "step": step + 1,
-                "history": history, "drawings": drawings, "flops": flops * (step + 1),
+                "words": words, "step": done,
+                "history": history, "drawings": drawings, "flops": flops * done,
                 "minutes": (time.time() - start_time) / 60, "vae": vae.state_dict(),
                 "model": model.state_dict(), "ema": ema.state_dict(),
                 "best": best if history else ema.state_dict(),  # if not yet evaluated
@@ -243,8 +244,9 @@ def main(argv=None):
             }
             save_checkpoint(checkpoint, directory / "ckpt.pt")
         if interrupted.is_set():
-            again = shlex.join(["python", "train.py", "--resume", "--run", str(directory)])
-            sys.exit(f"Stopped after step {step + 1}. To go on: {again}")
+            sys.exit(f"Stopped after step {done}. To go on: "
+                     f"python train.py --resume --run {shlex.quote(run.run)}")
+
     if rank == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C stops again at once
         ema.load_state_dict(best)
