@@ -374,28 +374,28 @@ def make_optimizers(model, run):
 
 def start_processes(name):
     """Returns the device, the rank of this process, and the number of processes."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not in notebooks
-            stream.reconfigure(errors="replace")  # an odd character never stops a run
+    if hasattr(sys.stdout, "reconfigure"):  # not in notebooks
+        sys.stdout.reconfigure(errors="replace")  # an odd character never stops a run
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not dist.is_torchelastic_launched():  # by torchrun
-        return usable_device(name), 0, 1
-    if name == "cuda":
+    by_torchrun = dist.is_torchelastic_launched()
+    if by_torchrun and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
-    dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
-    atexit.register(dist.destroy_process_group)
-    if dist.get_rank() > 0:
-        sys.stdout = io.StringIO()  # only the first process reports
-    return usable_device(name), dist.get_rank(), dist.get_world_size()
-
-def usable_device(name):
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         sys.exit(f"The device {name} is not available: {reason}")
+    if not by_torchrun:
+        return device, 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
+    if dist.get_rank() > 0:
+        sys.stdout = io.StringIO()  # only the first process reports
+    return device, dist.get_rank(), dist.get_world_size()
+
 
 def progress_bar(steps, description):
     """A bar, unless the standard output is no terminal."""
