@@ -124,7 +124,6 @@ def parse_options(argv):
                 text += f" [{f.default}]"
             choices = get_args(f.type)  # of Literal
             if f.type is bool:
-
                 settings = {"action": BooleanOptionalAction}
             else:
                 settings = {"choices": choices} if choices else {"type": f.type}
@@ -155,8 +154,8 @@ def main(argv=None):
     try:
         cfg, run = build(Config, options), build(Run, options)
         task = TASKS[run.task](run, cfg.image_size)  # reads the folder, if there is one
-    except ValueError as error:
-        sys.exit(f"These options do not work: {error}")
+    except ValueError as error:  # options that do not fit, or a folder that cannot be used
+        sys.exit(str(error))
 
     torch.manual_seed(run.seed)  # in all processes, so that they start with the same model
     run.steps = run.steps or task.steps
@@ -281,7 +280,6 @@ def divide_batch(run, n_processes):
         sys.exit(f"A batch of {run.batch_size} documents cannot be divided by {n_micro_batches}.")
     return run.batch_size // n_micro_batches
 
-
 def train_vae(vae, documents, steps, n_processes):
     """Train the VAE on the pictures of documents, unless there are none or it is trained."""
     # Each picture once, although several documents of a folder may share it.
@@ -396,13 +394,11 @@ def start_processes(name):
         sys.stdout = io.StringIO()  # only the first process reports
     return device, dist.get_rank(), dist.get_world_size()
 
-
 def progress_bar(steps, description):
     """A bar, unless the standard output is no terminal."""
     return tqdm(
         steps, description, steps.stop, initial=steps.start, file=sys.stdout, disable=None
     )
-
 
 def build_models(cfg, words, device, checkpoint=None):
     """Returns tokenizer, model and VAE, with the best averaged weights of a checkpoint if given."""
@@ -465,7 +461,6 @@ def rename_earlier_run(directory):
 
 def write_settings(directory, settings):
     try:
-
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "metrics.json").unlink(missing_ok=True)  # scores of an earlier step
         (directory / "run.json").write_text(json.dumps(settings, indent=1))
