@@ -9,7 +9,7 @@ and EOI (beginning and end of image) surround each image. Attention is causal, e
 patches of one image all see each other. To generate, the model writes text until it predicts BOI.
 Then it denoises an image, and continues with text.
 
-In this file, an "image" is made of latents, and its pixels are called a "picture".
+In this file, an "image" consists of latents. A "picture" consists of pixels.
 
 Here are three training documents, with images of two patches. Row "predicts" shows the target of
 the LM loss at each position, or "-" where there is none. Row "t" shows the noise level of each
@@ -30,14 +30,14 @@ image: 0 is clean, and 1 is pure noise.
         predicts  BOI  -    -      -      make it    green  .      BOI  -    -      -      EOS  -
         t                   t <= 0.5                                     t <= 1
 
-BOI is always followed by the N patches of the image and EOI, and EOS by nothing, so these positions
-have no LM loss. The LM loss is only on text, BOI and EOS. At a patch, the transformer denoises that
-same patch, not the next one.
+At BOI and at patches there is no LM loss, because what follows them is fixed: N patches, then EOI.
+At EOS there is none, because nothing follows. So the targets are text tokens, BOI and EOS. At a
+patch, the transformer denoises that same patch, not the next one.
 
-Each image has its own noise level and a diffusion loss. An image at the very start of a document is
-an input, if anything follows it. The model has to see what an input shows, which is impossible in
-pure noise. So inputs have t at most 0.5, the noise cap. All other images are outputs. They are
-generated from pure noise, so they have t up to 1.
+Each image has its own noise level and a diffusion loss. An image that begins a document, and is
+followed by text or another image, is a condition: to caption or to edit it, the model has to see
+what it shows. So its t is at most 0.5, the noise cap. All other images are to be generated, from
+pure noise, so their t goes up to 1.
 
 A comment with `DEVIATION:` says where this file differs from the paper, and which option, if any,
 restores the paper's choice. `NOT STATED:` means that the paper does not say.
@@ -68,7 +68,7 @@ better). Its findings:
     latents                   4 x 8 x 8         8 x 32 x 32
     patches per image         16, of 2 x 2      256, of 2 x 2
 
-The method ends with the section "Generation". After it come the tokenizer, the VAE, U-Net patches
+The section "Generation" completes the method. After it come the tokenizer, the VAE, U-Net patches
 and the baseline Chameleon.
 
 Shapes: B documents, T positions, M images in the batch, C x H x W latents, N patches per image
@@ -100,7 +100,7 @@ class Config:
     t_power: float = 2.0  # t = u^(1 / t_power), u uniform; 1 is uniform, more is noisier
     patch_encoder: Literal["linear", "unet"] = "linear"  # and patch decoder
     lambda_ddpm: float = 5.0  # weight of the diffusion loss, as in the paper
-    noise_cap: float = 0.5  # largest noise level of inputs in training
+    noise_cap: float = 0.5  # largest noise level of conditions in training
     image_size: int = 32  # pixels per side of a picture
     latent_size: int = 8  # height and width of the latents
     latent_channels: int = 4  # channels of the latents
@@ -134,8 +134,8 @@ N_NEVER_PREDICTED, N_SPECIAL = 4, 6
 def pack(documents, cfg, device):
     """Documents -> tokens (B, T) and images (M, C, H, W).
 
-    A document is a list, in reading order, of text tokens (int) and images: float (C, H, W), or,
-    in the baseline Chameleon, int (N,).
+    A document is a list of text tokens (int) and images, in reading order. An image is a float
+    tensor (C, H, W), or, in the baseline Chameleon, an int tensor (N,).
     """
     rows, images = [], []
     for document in documents:
@@ -154,8 +154,8 @@ def pack(documents, cfg, device):
     return tokens.to(device), images
 
 def next_tokens(tokens):
-    """Row "predicts" of the tables above: the targets (B, T - 1) of all positions but the last, and
-    which of them have an LM loss, bool (B, T - 1).
+    """Returns the next token at all positions but the last (B, T - 1), and which of these positions
+    have an LM loss, bool (B, T - 1). This is row "predicts" of the tables above.
     """
     targets = tokens[:, 1:]
     return targets, targets >= N_NEVER_PREDICTED
@@ -186,8 +186,8 @@ def noise_levels(u, cfg):
     return u ** (1 / cfg.t_power)
 
 def alpha_bar(t):
-    """Cosine schedule (section 2.2): t (M,) -> alpha_bar (M, 1, 1, 1), the share of signal in the
-    variance of x_t, if images have variance 1.
+    """Cosine schedule (section 2.2): t (M,) -> alpha_bar (M, 1, 1, 1), the share of the variance of
+    x_t that is signal, for images of variance 1.
 
     sqrt(alpha_bar) = cos(t * pi / 2). Here t is continuous; the paper's timestep is 1000 t. The
     clamp prevents division by zero in the functions below.
@@ -200,9 +200,9 @@ def q_sample(x0, eps, t):
     return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
 
 def predicted_x0(xt, pred, t, target):
-    """The clean image x0 according to a prediction of x0 or of eps.
+    """The predicted x0, for a model that predicts x0 or eps.
 
-    For eps, it is the equation of q_sample solved for x0. DEVIATION: the paper predicts eps
+    If it predicts eps, q_sample is solved for x0. DEVIATION: the paper predicts eps
     (--target eps --t-power 1). At this size, predicting x0 needs far fewer training steps
     (data/README.md): near t = 1, where x_t is almost eps, eps can be predicted without reading the
     text, but x0 cannot.
@@ -213,8 +213,9 @@ def predicted_x0(xt, pred, t, target):
 def p_sample(xt, x0, t, t_next, eta):
     """One denoising step, from t to t_next < t, given the predicted x0.
 
-    Solve q_sample for eps. Then add noise to x0 again, but to level t_next. DDIM (eta = 0) adds the
-    same eps. DDPM's ancestral sampler (eta = 1) replaces a part of eps by fresh noise z:
+    x_t and the predicted x0 give eps: q_sample is solved for it. Then x0 is noised to level t_next.
+    DDIM (eta = 0) takes the same eps for this. DDPM's ancestral sampler (eta = 1) replaces a part
+    of it by fresh noise z:
         x_next = sqrt(ab_next) x0 + sqrt(1 - ab_next - sigma^2) eps + sigma z
     The total variance of the noise is 1 - ab_next for every sigma. The sigma of DDPM is equation 16
     in the paper on DDIM (arXiv 2010.02502). NOT STATED: the sampler of Transfusion.
@@ -229,9 +230,10 @@ def p_sample(xt, x0, t, t_next, eta):
 def guide(conditional, unconditional, guidance_scale):
     """Classifier-free guidance: move a prediction away from the one made without the text.
 
-    A scale of 1 is no guidance. Guiding x0 is equivalent to guiding eps. DEVIATION: the default is
-    2; the paper's is 3, or 5 against Chameleon (--guidance-scale). NOT STATED: how often training
-    drops the text (--unconditional-share 0.1).
+    A scale of 1 is no guidance. Guiding x0 is equivalent to guiding eps, as each is a linear
+    function of the other. DEVIATION: the default is 2; the paper takes 3, and 5 in the comparison
+    with Chameleon (--guidance-scale). NOT STATED: how often training drops the text
+    (--unconditional-share 0.1).
     """
     return unconditional + guidance_scale * (conditional - unconditional)
 
@@ -244,9 +246,9 @@ def without_text(documents):
 def rope(x):
     """Rotary position embedding of queries or keys x (..., T, head_dim).
 
-    Each pair of neighbouring features is a complex number. It is rotated by an angle that grows
-    with the position. The dot product of a query and a key then depends on the distance between
-    their positions. Each patch takes one position, in raster order.
+    Each pair of neighbouring features is read as a complex number, and rotated by an angle that is
+    proportional to the position. The dot product of a query and a key then depends on the distance
+    between their positions. Each patch takes one position, in raster order.
     """
     T, head_dim = x.shape[-2:]
     frequency = 10000 ** -(torch.arange(0, head_dim, 2, device=x.device) / head_dim)
@@ -338,8 +340,8 @@ class Llama(nn.Module):
 def init_weights(model):
     """As in GPT-2: N(0, 0.02^2), and smaller for the matrices that end a residual branch.
 
-    As in DiT, the last layer of the patch decoder is zero. For the layers of patches, both matter:
-    with PyTorch's default initialisation there, training takes noticeably longer.
+    As in DiT, the last layer of the patch decoder is zero. With PyTorch's defaults in the patch
+    encoder and decoder, training takes noticeably longer.
     """
     for name, p in model.named_parameters():
         if name.startswith("patch_decoder.last"):
@@ -368,8 +370,8 @@ class LinearPatchEncoder(nn.Module):
     """Section 3: one linear layer, applied to every patch, and the embedding of t.
 
     With linear patches, t enters the model here and nowhere else. DEVIATION: the paper adds the
-    embedding of t before the linear layer. Here it is added after this layer, since a patch has
-    only 4 x 2 x 2 numbers, too few for a useful embedding.
+    embedding of t to the numbers of the patch, before the linear layer. Here these are only
+    4 x 2 x 2, too few for a useful embedding, so it is added after the layer.
     """
 
     def __init__(self, cfg):
@@ -411,8 +413,8 @@ class Transfusion(Llama):
         x = self.embed(tokens)  # (B, T, D)
         patches, skips = self.patch_encoder(xt, t)  # (M, grid, grid, D)
 
-        # x[is_patch] has the patch positions (M * N, D) row by row, which is the order of `pack`.
-        # The patches of an image are in raster order.
+        # So far, x only says that there is a patch, and where in the image. Add what it shows.
+        # x[is_patch] (M * N, D) goes row by row. This is the order in which `pack` stacks images.
         is_patch = tokens == PATCH
         x[is_patch] += patches.flatten(0, 2)
 
@@ -430,13 +432,13 @@ class Transfusion(Llama):
         tokens, x0 = pack(documents, cfg, self.device)
 
         t = noise_levels(torch.rand(len(x0), device=self.device), cfg)  # (M,), one for each image
-        # The noise cap (table 8) is for inputs: BOI comes right after BOS, and the token after EOI
-        # is not EOS.
+        # The noise cap (table 8) is for conditions: BOI comes right after BOS, and the token after
+        # EOI is not EOS.
         row, column = (tokens == BOI).nonzero(as_tuple=True)  # where each of the M images begins
         after_eoi = tokens[row, column + cfg.n_patches + 2]  # BOI, N patches, EOI, this token
-        is_input = (column == 1) & (after_eoi != EOS)
-        # NOT STATED: the distribution of a capped t. Here it is uniform.
-        t = torch.where(is_input, cfg.noise_cap * torch.rand_like(t), t)
+        is_condition = (column == 1) & (after_eoi != EOS)
+        # NOT STATED: the distribution of a capped t. Here it is uniform, whatever t_power is.
+        t = torch.where(is_condition, cfg.noise_cap * torch.rand_like(t), t)
 
         eps = torch.randn_like(x0)
         xt = q_sample(x0, eps, t)  # noise is added to the latents, before they are cut into patches
@@ -463,9 +465,9 @@ class Transfusion(Llama):
         return tokens, logits
 
     def predict_x0(self, documents, xt, t):
-        """Append one of the noisy images xt (B, C, H, W) to each document, and predict its x0.
+        """Append xt[i] to document i, and predict its x0: (B, C, H, W) -> (B, C, H, W).
 
-        They all have noise level t (1,). Earlier images of the documents are clean.
+        All images in xt have noise level t (1,). Earlier images of the documents are clean.
         """
         documents = [[*document, image] for document, image in zip(documents, xt)]
         tokens, images = pack(documents, self.cfg, self.device)
@@ -479,8 +481,8 @@ class Transfusion(Llama):
     def draw(self, documents, steps, guidance_scale, eta, show):
         """Diffusion mode: generate the next image of each document. Returns (B, C, H, W).
 
-        Each step runs the model on the whole sequence, as with such short texts a cache would not
-        pay off. DEVIATION: the paper takes 250 steps (--steps 250).
+        Each step runs the model on the whole sequence, which is too short for a cache to pay off.
+        DEVIATION: the paper takes 250 steps (--steps 250).
         """
         both = documents + without_text(documents)  # 2B documents, for guidance
         xt = torch.randn(len(documents), *self.cfg.latent_shape, device=self.device)
@@ -489,7 +491,7 @@ class Transfusion(Llama):
         for t, t_next in pairwise(times.split(1)):  # each (1,)
             conditional, unconditional = self.predict_x0(both, torch.cat([xt, xt]), t).chunk(2)
             x0 = guide(conditional, unconditional, guidance_scale)
-            x0 = x0.clamp(-5, 5)  # computed from eps, it can be huge near t = 1
+            x0 = x0.clamp(-5, 5)  # most latents are smaller; an x0 from eps can be huge near t = 1
             xt = p_sample(xt, x0, t, t_next, eta)
             show(xt)
         return xt
@@ -499,8 +501,8 @@ class Transfusion(Llama):
 def next_logits(model, documents):
     """Logits (B, V) of the token after each document."""
     tokens, logits = model.logits(documents)
-    # `pack` ends even unfinished documents with EOS. The position before EOS does not see it, and
-    # predicts the next token.
+    # `pack` ends every document with one EOS, finished or not. The position before it does not see
+    # it, and predicts the next token.
     is_before_eos = tokens[:, 1:] == EOS
     return logits[:, :-1][is_before_eos]
 
@@ -542,11 +544,11 @@ def generate(
     """Section 3, inference: continue documents, which are lists of tokens and images.
 
     The model itself switches to diffusion mode, by predicting BOI. After the image, `pack` inserts
-    EOI, and LM mode continues. A document ends when the model predicts EOS, after max_tokens text
-    tokens in a row, or at the next BOI after max_images new images.
+    EOI, and LM mode continues. A document is finished when the model predicts EOS, when it has
+    written max_tokens since the last image, or when it predicts BOI after max_images new images.
     """
-    documents = [list(document) for document in documents]  # copies, which grow below
-    active = documents
+    documents = [list(document) for document in documents]  # copies, which are extended in place
+    active = documents  # those that want an image, or may still write text
     for _ in range(max_images):
         active = write(model, active, max_tokens, temperature)
         if not active:
@@ -640,14 +642,14 @@ class VAE(nn.Module):
             nn.Conv2d(wide, wide, 3, padding=1),
             *up,
         )
-        # The noise schedule assumes latents of mean 0 and variance 1, so the posterior means are
-        # normalised, for the decoder too. vae.eval() freezes the statistics. NOT STATED: how the
-        # paper scales its latents.
+        # The noise schedule assumes latents of mean 0 and variance 1. So the posterior means are
+        # normalised, before the decoder takes them, too. vae.eval() freezes the statistics. NOT
+        # STATED: how the paper scales its latents.
         self.normalise = nn.BatchNorm2d(cfg.latent_channels, affine=False)
 
     def to_input(self, pictures):
         """uint8 (M, H, W, 3) -> float (M, 3, H, W) in [-1, 1], on the device of the VAE."""
-        return pictures.movedim(-1, 1).to(self.normalise.running_mean) / 127.5 - 1
+        return pictures.movedim(-1, 1).to(self.normalise.running_mean.device) / 127.5 - 1
 
     def posterior(self, x):
         """The mean and the log variance of the latents, both (M, C, h, w)."""
@@ -706,8 +708,8 @@ class ResBlock(nn.Module):
 class UNetDown(nn.Module):
     """The first half of a U-Net. In the paper, U-Net patches are better than linear ones (table 5).
 
-    Convolutions mix neighbouring patches. Skip connections take the features at every resolution
-    around the transformer to the second half, which needs the embedding of t as well.
+    Convolutions mix neighbouring patches. Skip connections bypass the transformer: they carry the
+    features of every resolution, and the embedding of t, to the second half.
     """
 
     def __init__(self, cfg):
@@ -755,12 +757,12 @@ N_CODES = N_LEVELS**CODE_DIM  # 625
 CODE_TEMPERATURE = 0.5  # images match their captions less often at 1, and vary less at 0
 
 class QuantisedVAE(VAE):
-    """A VAE with one latent vector per patch: 4 integers from -2 to 2. Plus 2, they are the digits,
-    in base 5, of the patch's code, a number below 625. Token n_text + code stands for it.
+    """A VAE with one latent vector per patch, of 4 integers from -2 to 2. With 2 added, these are
+    the digits of a number in base 5, from 0 to 624. The patch's code is the token n_text + number.
 
-    DEVIATION: the paper learns a codebook of 16,384 vectors, and has one token for each position of
-    its 32 x 32 latents. Here the codebook is fixed: all points of a grid (FSQ, arXiv 2309.15505).
-    And an image has one token for each patch.
+    DEVIATION: the paper learns a codebook of 16,384 vectors, and has one code for each position of
+    its 32 x 32 latents. Here the codebook is fixed, with all combinations of integers (FSQ, arXiv
+    2309.15505), and an image has one code for each patch.
     """
 
     def __init__(self, cfg, n_text):
@@ -773,9 +775,9 @@ class QuantisedVAE(VAE):
     def quantise(self, x):
         """Pictures (M, 3, H, W) -> integers (M, 4, grid, grid), as floats.
 
-        A straight-through estimator: the gradient ignores the rounding. In half of the training
-        steps, uniform noise takes the place of the rounding error. Without it, training sometimes
-        fails.
+        z + error is z, rounded. Its gradient is that of z: a straight-through estimator. In half of
+        the training steps, uniform noise replaces the rounding error. Without this noise, training
+        sometimes fails.
         """
         mean, _ = self.posterior(x)
         z = mean.tanh() * (N_LEVELS // 2)
@@ -808,8 +810,8 @@ class Chameleon(Llama):
     The documents and the transformer are those of Transfusion. But there is only the next-token
     loss, attention is causal, and an image is generated by sampling its codes.
 
-    DEVIATION: for stability, the paper's Chameleon has QK-norm (here with --preset chameleon), a
-    z-loss, and norms after its layers. Here the norms are before the layers, as in Llama.
+    For stability, it has a z-loss, and QK-norm with --preset chameleon. DEVIATION: the paper's also
+    has its norms after the layers. Here they are before them, as in Llama.
     """
 
     def __init__(self, cfg, n_text):
