@@ -12,14 +12,14 @@ evaluation), figure.png (the attention mask, and drawings of held-out captions),
 run.json with all settings. Ctrl-C, once the model trains, saves a checkpoint, and --resume goes on
 from it.
 
-Where options that are not given come from:
-    a new run                  --preset, else the defaults of the task, else those below
-    --init                     the same, but for the model the checkpoint instead of those below
-    --resume and --eval-only   the checkpoint
+An option that is not given comes from the first of these that has it:
+    a new run                  --preset, the defaults of the task, the defaults below
+    --init                     the same, but the checkpoint's options of the model come second
+    --resume and --eval-only   --preset, the checkpoint
 
 To add an option, add a field to Config or Run, with its help as a comment on the same line. To add
-a part of the loss, add it in `loss` in transfusion.py, and return it with the other parts: log.csv
-calls it loss_ and its name. To add a task or a score, see data/tasks.py.
+a part of the loss, add it to the sum in Transfusion.loss and to the parts that it returns. A part
+"x" is the column loss_x of log.csv. To add a task or a score, see data/tasks.py.
 """
 
 import atexit
@@ -54,7 +54,7 @@ from transfusion import VAE, Chameleon, Config, QuantisedVAE, Tokenizer, Transfu
 
 @dataclass
 class Run:
-    """All options that are not of the model. Each field is one, and its comment is the help."""
+    """All options but those of the model. Each field is one, and its comment is the help."""
     run: str = ""  # output directory [runs/, and the name of the task, the baseline or the folder]
     task: Literal[tuple(TASKS)] = ""  # what to train on [shapes, or folder with --data]
     data: str = ""  # folder of your own pictures with captions
@@ -90,7 +90,7 @@ class Run:
         if not 0 < self.caption_first <= 1 or not 0 <= self.unconditional_share < 1:
             raise ValueError("caption_first and unconditional_share must be shares of documents")
 
-PAPER = {"target": "eps", "t_power": 1.0}  # the paper's choices for the model
+PAPER = {"target": "eps", "t_power": 1.0}  # the paper's target, and DDPM's uniform noise levels
 PAPER_SIZE = PAPER | {
     "image_size": 256, "latent_size": 32, "latent_channels": 8, "vae_dim": 128, "bf16": True,
 }
@@ -142,14 +142,15 @@ def main(argv=None):
     options = parse_options(argv)
     task_name = options.get("task", "folder" if "data" in options else "shapes")
     directory = Path(options.setdefault("run", default_directory(task_name, options)))
-    checkpoint, defaults = None, TASKS[task_name].defaults | {"task": task_name}
+    checkpoint = None
     if "resume" in options or "eval_only" in options:
         checkpoint = load_checkpoint(directory)
-        defaults = checkpoint["cfg"] | checkpoint["run"]
-    elif "init" in options:  # start from the model of another run
-        checkpoint = load_checkpoint(options["init"])
-        defaults = checkpoint["cfg"] | defaults
-    options = defaults | options
+        options = checkpoint["cfg"] | checkpoint["run"] | options
+    else:
+        options = TASKS[task_name].defaults | {"task": task_name} | options
+        if "init" in options:  # start from the model of another run
+            checkpoint = load_checkpoint(options["init"])
+            options = checkpoint["cfg"] | options
     device, rank, n_processes = start_processes(options.get("device", Run.device))
     try:
         cfg, run = build(Config, options), build(Run, options)
@@ -188,14 +189,14 @@ def main(argv=None):
     documents = encode(documents, tokenizer, vae)
 
     eval_every = math.ceil(run.steps / run.evaluations)
-    flops = run.batch_size * flops_per_document(model, documents)
+    flops_per_step = run.batch_size * flops_per_document(model, documents)
     interrupted = Event()  # from here on, Ctrl-C only sets it
     signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    losses = []  # since the last evaluation
+    losses = []  # since the last evaluation, or since --resume
     bar = progress_bar(range(first_step, run.steps), "model")
     for step in bar:
-        # The training step. Its random numbers depend on nothing before it, so that a resumed run
-        # equals an undisturbed one.
+        # The training step. Its random numbers depend only on the seed, the step and the process,
+        # so a resumed run equals an undisturbed one. (The hash of integers is always the same.)
         torch.manual_seed(hash((run.seed, step, rank)))
         for _ in range(run.accumulate):
             chosen = torch.randint(len(documents), (micro_batch_size,)).tolist()
@@ -216,7 +217,7 @@ def main(argv=None):
         update_average(ema, model, step)
 
         # Log, evaluate, save: in the first process only, with the losses of its last micro-batch.
-        if rank > 0:
+        if rank > 0:  # the next step waits for the first process
             continue
         done = step + 1  # steps
         losses.append({f"loss_{k}": torch.as_tensor(part).item() for k, part in parts.items()})
@@ -235,16 +236,16 @@ def main(argv=None):
         if is_evaluation or interrupted.is_set():
             checkpoint = settings | {
                 "words": words, "step": done,
-                "history": history, "drawings": drawings, "flops": flops * done,
+                "history": history, "drawings": drawings, "flops": flops_per_step * done,
                 "minutes": (time.time() - start_time) / 60, "vae": vae.state_dict(),
                 "model": model.state_dict(), "ema": ema.state_dict(),
                 "best": best if history else ema.state_dict(),  # if not yet evaluated
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
             save_checkpoint(checkpoint, directory / "ckpt.pt")
-        if interrupted.is_set():
-            sys.exit(f"Stopped after step {done}. To go on: "
-                     f"python train.py --resume --run {shlex.quote(run.run)}")
+            if interrupted.is_set():
+                sys.exit(f"Stopped after step {done}. To go on: "
+                         f"python train.py --resume --run {shlex.quote(run.run)}")
 
     if rank == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C stops again at once
@@ -268,13 +269,15 @@ def update_average(ema, model, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 def average_gradients(model, n_processes):
-    """What DistributedDataParallel does, in its simplest form."""
+    """What DistributedDataParallel does, in its simplest form. Every parameter has a gradient, even
+    if a batch has no images.
+    """
     for p in model.parameters():
         dist.all_reduce(p.grad)
         p.grad /= n_processes
 
 def divide_batch(run, n_processes):
-    """How many documents a process takes at a time, if each of them accumulates gradients."""
+    """The number of documents in a micro-batch."""
     n_micro_batches = run.accumulate * n_processes
     if run.batch_size % n_micro_batches:
         sys.exit(f"A batch of {run.batch_size} documents cannot be divided by {n_micro_batches}.")
@@ -329,10 +332,11 @@ class Muon(torch.optim.Optimizer):
     """
 
     @torch.no_grad()
-    def step(self, momentum=0.95):
+    def step(self):
         for group in self.param_groups:
+            momentum = group["momentum"]
             grad = torch.stack([p.grad for p in group["params"]])  # (matrices, rows, columns)
-            state = self.state[group["params"][0]]
+            state = self.state[group["params"][0]]  # one for the whole group
             if not state:
                 state["momentum"] = torch.zeros_like(grad)
             state["momentum"].lerp_(grad, 1 - momentum)
@@ -353,10 +357,14 @@ def orthogonalise(x, steps=3):
     return x
 
 def make_optimizers(model, run):
-    """Muon for the matrices of the transformer, AdamW for the rest. Vectors do not decay."""
+    """Muon for the matrices of the transformer, AdamW for the rest. Vectors do not decay.
+
+    main sets the learning rate before each step.
+    """
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     muon = matrices if run.optimizer == "muon" else []
-    rest = [p for p in model.parameters() if not any(p is q for q in muon)]
+    taken = set(map(id, muon))
+    rest = [p for p in model.parameters() if id(p) not in taken]
     groups = [
         {"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.1},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
@@ -365,7 +373,7 @@ def make_optimizers(model, run):
     if muon:
         shapes = sorted({p.shape for p in muon})
         groups = [{"params": [p for p in muon if p.shape == shape]} for shape in shapes]
-        optimizers.append(Muon(groups, {"weight_decay": 0.1}))
+        optimizers.append(Muon(groups, {"weight_decay": 0.1, "momentum": 0.95}))
     return optimizers
 
 # ---- Processes, models, files --------------------------------------------------------------------
@@ -395,7 +403,7 @@ def start_processes(name):
     return device, dist.get_rank(), dist.get_world_size()
 
 def progress_bar(steps, description):
-    """A bar, unless the standard output is no terminal."""
+    """A bar, if the standard output is a terminal."""
     return tqdm(
         steps, description, steps.stop, initial=steps.start, file=sys.stdout, disable=None
     )
@@ -426,10 +434,10 @@ def load_checkpoint(directory):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if "best" not in checkpoint:
-            raise ValueError("it is of another version")
+            raise ValueError("another version wrote it")
     except Exception as error:  # torch.load raises many kinds
         reason = f"{type(error).__name__} {error}".partition("\n")[0]
-        sys.exit(f"{path} is not a checkpoint: {reason}")
+        sys.exit(f"{path} cannot be used: {reason}")
     return checkpoint
 
 def save_checkpoint(checkpoint, path):
@@ -441,13 +449,15 @@ def save_checkpoint(checkpoint, path):
             return os.replace(temporary, path)
         except PermissionError:
             time.sleep(seconds)
-    os.replace(temporary, path)
+    os.replace(temporary, path)  # or fail
 
 def default_directory(name, options):
     """runs/ and the name of the folder, of the baseline, or of the task."""
-    if name == "shapes" and options.get("model") == "chameleon":
+    if "data" in options:
+        name = Path(options["data"]).resolve().name
+    elif name == "shapes" and options.get("model") == "chameleon":
         name = "chameleon"
-    return f"runs/{Path(options['data']).resolve().name if 'data' in options else name}"
+    return f"runs/{name}"
 
 def rename_earlier_run(directory):
     """Make room for a new run. Exits if the directory has anything but an earlier run."""

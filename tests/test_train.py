@@ -369,7 +369,7 @@ def test_a_broken_checkpoint_is_named(content):
         path.write_bytes(content)
     before = files_in()
     for option in ("--resume", "--eval-only", "--init=."):
-        assert "ckpt.pt is not a checkpoint" in complaint(train.main, option, "--run", ".")
+        assert "ckpt.pt cannot be used" in complaint(train.main, option, "--run", ".")
     assert files_in() == before
 
 @pytest.mark.parametrize("options, word", [
@@ -414,7 +414,7 @@ def test_muon_takes_the_steps_of_the_librarys():
     torch.manual_seed(0)
     before = [torch.randn(size) for size in [(24, 24), (24, 24), (24, 64), (64, 24)]]
     ours, theirs = ([torch.nn.Parameter(w.clone()) for w in before] for _ in range(2))
-    settings = {"lr": 0.02, "weight_decay": 0.1}
+    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95}
     muon = Muon([{"params": group} for group in (ours[:2], ours[2:3], ours[3:])], settings)
     library = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", ns_steps=3, **settings)
     for _ in range(3):
