@@ -13,9 +13,9 @@ run.json with all settings. Ctrl-C, once the model trains, saves a checkpoint, a
 from it.
 
 An option that is not given comes from the first of these that has it:
-    a new run                  --preset, the defaults of the task, the defaults below
-    --init                     the same, but the checkpoint's options of the model come second
-    --resume and --eval-only   --preset, the checkpoint
+    a new run                 --preset, the task, the defaults below
+    --init                    --preset, the task, the checkpoint (for the model), the defaults below
+    --resume, --eval-only     --preset, the checkpoint
 
 To add an option, add a field to Config or Run, with its help as a comment on the same line. To add
 a part of the loss, add it to the sum in Transfusion.loss and to the parts that it returns. A part
