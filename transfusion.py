@@ -100,7 +100,7 @@ class Config:
     t_power: float = 2.0  # t = u^(1 / t_power), u uniform; 1 is uniform, more is noisier
     patch_encoder: Literal["linear", "unet"] = "linear"  # and patch decoder
     lambda_ddpm: float = 5.0  # weight of the diffusion loss, as in the paper
-    noise_cap: float = 0.5  # largest noise level of conditions in training
+    noise_cap: float = 0.5  # largest noise level, in training, of images to caption or edit
     image_size: int = 32  # pixels per side of a picture
     latent_size: int = 8  # height and width of the latents
     latent_channels: int = 4  # channels of the latents
