@@ -180,7 +180,7 @@ class Edit(Shapes):
     # instructions, which cannot be predicted, would otherwise outweigh the diffusion loss.
     defaults = {
         "documents": 16384, "batch_size": 32, "caption_first": 0.3, "t_power": 4.0,
-        "noise_cap": 0.3, "lambda_ddpm": 20.0, "optimizer": "adamw", "lr": 1.5e-3,
+        "noise_cap": 0.3, "lambda_ddpm": 20.0, "lr": 5e-3,
     }
     steps = 5000
 
