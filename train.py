@@ -151,6 +151,7 @@ def main(argv=None):
         if "init" in options:  # start from the model of another run
             checkpoint = load_checkpoint(options["init"])
             options = checkpoint["cfg"] | options
+    # Before the folder is read, so that only the first process reports on it.
     device, rank, n_processes = start_processes(options.get("device", Run.device))
     try:
         cfg, run = build(Config, options), build(Run, options)
@@ -470,9 +471,10 @@ def rename_earlier_run(directory):
         sys.exit(f"{directory} is not the output of an earlier run. Choose another with --run.")
 
 def write_settings(directory, settings):
+    """Write run.json, and remove the scores of an earlier step."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "metrics.json").unlink(missing_ok=True)  # scores of an earlier step
+        (directory / "metrics.json").unlink(missing_ok=True)
         (directory / "run.json").write_text(json.dumps(settings, indent=1))
     except OSError as error:
         sys.exit(f"Cannot write to {directory}: {error}.")
