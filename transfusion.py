@@ -9,56 +9,59 @@ and EOI (beginning and end of image) surround each image. Attention is causal, e
 patches of one image all see each other. To generate, the model writes text until it predicts BOI.
 Then it denoises an image, and continues with text.
 
-In this file, an "image" consists of latents. A "picture" consists of pixels.
+In this file, an "image" is what the transformer reads and generates: latents. A "picture" consists
+of pixels.
 
-Here are three training documents, with images of two patches. Row "predicts" shows the target of
-the LM loss at each position, or "-" where there is none. Row "t" shows the noise level of each
-image: 0 is clean, and 1 is pure noise.
+Here are three training documents, with images of two patches. The row "predicts" shows the target
+of the LM loss at each position, or "-" where there is none. The row "t" shows the range of the
+noise level of each image: 0 is clean, and 1 is pure noise.
 
     text to image
         input     BOS  a    red     circle  .    BOI  patch  patch  EOI  EOS
         predicts  a    red  circle  .       BOI  -    -      -      EOS  -
-        t                                             t <= 1
+        t                                             0 to 1
 
     captioning
         input     BOS  BOI  patch  patch  EOI  a    red     circle  .    EOS
         predicts  BOI  -    -      -      a    red  circle  .       EOS  -
-        t                   t <= 0.5
+        t                   0 to 0.5
 
     editing
         input     BOS  BOI  patch  patch  EOI  make  it     green  .    BOI  patch  patch  EOI  EOS
         predicts  BOI  -    -      -      make it    green  .      BOI  -    -      -      EOS  -
-        t                   t <= 0.5                                     t <= 1
+        t                   0 to 0.5                                     0 to 1
 
 At BOI and at patches there is no LM loss, because what follows them is fixed: N patches, then EOI.
 At EOS there is none, because nothing follows. So the targets are text tokens, BOI and EOS. At a
 patch, the transformer denoises that same patch, not the next one.
 
-Each image has its own noise level and a diffusion loss. An image that begins a document, and is
-followed by text or another image, is a condition: to caption or to edit it, the model has to see
-what it shows. So its t is at most 0.5, the noise cap. All other images are to be generated, from
-pure noise, so their t goes up to 1.
+Each image has its own noise level and a diffusion loss. An image at the start of a document, with
+something after it, is a condition: the model must see what it shows in order to caption or edit it.
+So its t is at most 0.5, the noise cap. All other images must be generated from pure noise, so their
+t goes up to 1.
 
 A comment with `DEVIATION:` says where this file differs from the paper, and which option, if any,
 restores the paper's choice. `NOT STATED:` means that the paper does not say.
 
-The documents come from data/tasks.py. By default, a tenth of them are text alone. The others are
-pairs of a caption and an image, and in half of the pairs the caption comes first. DEVIATION: the
-paper has the caption first in 80 % of the pairs (--caption-first 0.8). If the caption comes first,
-it is dropped in a tenth of the cases. So the model also learns to generate images without text, for
-classifier-free guidance. Editing is a task of its own (--task edit).
+The documents come from data/tasks.py. By default, 10 % of them are text only. The others are pairs
+of a caption and an image, and in half of the pairs the caption comes first. DEVIATION: the paper
+has the caption first in 80 % of the pairs (--caption-first 0.8). A tenth of the captions that come
+first are dropped. So the model also learns to generate images without text, for classifier-free
+guidance. With --task edit, almost half of the documents are edits, and a tenth of the instructions
+are dropped in the same way.
 
-This is how the model is trained and used:
+This is how the model is trained and used (train.py has the training loop):
 
-    loss, parts = model.loss(documents)
-    documents = generate(model, prompts)
+    loss, parts = model.loss(encode(documents, tokenizer, vae))
+    documents = generate(model, encode(prompts, tokenizer, vae))
 
 The paper reports FID for generated images (lower is better) and CIDEr for captions (higher is
 better). Its findings:
-    - Transfusion needs 3 % of the FLOPs of Chameleon for the same FID (7B parameters). Chameleon is
-      the baseline, which turns images into discrete tokens.
+    - Transfusion needs 3 % of the FLOPs of Chameleon for the same FID (7B parameters). Chameleon,
+      the baseline, turns images into discrete tokens.
     - Bidirectional attention inside images improves FID from 61.3 to 20.3 (0.76B).
-    - U-Net patches then improve FID to 16.7, and CIDEr from 16.0 to 25.4.
+    - U-Net patches then improve FID to 16.7, and CIDEr from 16.0 to 25.4. They are the two halves
+      of a U-Net before and after the transformer, instead of linear layers.
     - The noise cap then improves CIDEr to 29.4.
 
                               here              the paper
@@ -68,11 +71,11 @@ better). Its findings:
     latents                   4 x 8 x 8         8 x 32 x 32
     patches per image         16, of 2 x 2      256, of 2 x 2
 
-The section "Generation" completes the method. After it come the tokenizer, the VAE, U-Net patches
+The method ends with the section "Generation". After it come the tokenizer, the VAE, U-Net patches
 and the baseline Chameleon.
 
 Shapes: B documents, T positions, M images in the batch, C x H x W latents, N patches per image
-(grid x grid), D width of the transformer, V size of the vocabulary.
+(grid x grid), D width of the transformer, V size of the vocabulary, S x S pixels.
 """
 
 import math
@@ -97,14 +100,14 @@ class Config:
     qk_norm: bool = False  # normalise queries and keys
     bidirectional: bool = True  # the patches of an image see each other; off: causal attention only
     target: Literal["eps", "x0"] = "x0"  # what the model predicts: the noise or the clean image
-    t_power: float = 2.0  # t = u^(1 / t_power), u uniform; 1 is uniform, more is noisier
+    t_power: float = 2.0  # t = u^(1 / t_power), u uniform: 1 is uniform, larger is more noise
     patch_encoder: Literal["linear", "unet"] = "linear"  # and patch decoder
-    lambda_ddpm: float = 5.0  # weight of the diffusion loss, as in the paper
-    noise_cap: float = 0.5  # largest noise level, in training, of images to caption or edit
+    lambda_ddpm: float = 5.0  # weight of the diffusion loss: the paper's, though for eps
+    noise_cap: float = 0.5  # largest t, in training, of an image that is a condition
     image_size: int = 32  # pixels per side of a picture
     latent_size: int = 8  # height and width of the latents
     latent_channels: int = 4  # channels of the latents
-    patch_size: int = 2  # height and width of a patch, in latents
+    patch_size: int = 2  # height and width of a patch, in positions of the latents
     vae_dim: int = 24  # channels of the VAE at half the resolution of the picture
 
     def __post_init__(self):
@@ -127,7 +130,8 @@ class Config:
 
 # ---- Documents -----------------------------------------------------------------------------------
 
-# The special tokens. The model never predicts the first four. Text tokens begin at N_SPECIAL.
+# The special tokens. PATCH stands where the model gets a patch. The first four are never predicted.
+# Text tokens begin at N_SPECIAL.
 PAD, BOS, EOI, PATCH, BOI, EOS = range(6)
 N_NEVER_PREDICTED, N_SPECIAL = 4, 6
 
@@ -155,7 +159,8 @@ def pack(documents, cfg, device):
 
 def next_tokens(tokens):
     """Returns the next token at all positions but the last (B, T - 1), and which of these positions
-    have an LM loss, bool (B, T - 1). This is row "predicts" of the tables above.
+    have an LM loss, bool (B, T - 1). This is the row "predicts" of the tables above. In Chameleon,
+    the codes of images are targets, too.
     """
     targets = tokens[:, 1:]
     return targets, targets >= N_NEVER_PREDICTED
@@ -168,8 +173,8 @@ def attention_mask(tokens, bidirectional):
     """
     T = tokens.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
-    image = (tokens == BOI).cumsum(1)  # the patches of the first image have 1, of the second 2, ...
     is_patch = tokens == PATCH
+    image = (tokens == BOI).cumsum(1)  # the patches of the first image have 1, of the second 2, ...
     same_image = image[:, :, None] == image[:, None, :]
     both_patches = is_patch[:, :, None] & is_patch[:, None, :]
     return (causal | (same_image & both_patches & bidirectional))[:, None]
@@ -179,15 +184,15 @@ def attention_mask(tokens, bidirectional):
 def noise_levels(u, cfg):
     """Uniform numbers u in [0, 1] -> noise levels t.
 
-    In training, u is random. In sampling, it falls from 1 to 0 in equal steps. NOT STATED: the
+    In training, u is random. In sampling, u falls from 1 to 0 in equal steps. NOT STATED: the
     distribution of t. DDPM's is uniform (--t-power 1). The default here, t = sqrt(u), spends more
     of training and sampling at high noise, where the text decides what the image shows.
     """
     return u ** (1 / cfg.t_power)
 
 def alpha_bar(t):
-    """Cosine schedule (section 2.2): t (M,) -> alpha_bar (M, 1, 1, 1), the share of the variance of
-    x_t that is signal, for images of variance 1.
+    """Cosine schedule (section 2.2): t (M,) -> alpha_bar (M, 1, 1, 1), the fraction of the variance
+    of x_t that is signal, if x0 has variance 1.
 
     sqrt(alpha_bar) = cos(t * pi / 2). Here t is continuous; the paper's timestep is 1000 t. The
     clamp prevents division by zero in the functions below.
@@ -202,10 +207,11 @@ def q_sample(x0, eps, t):
 def predicted_x0(xt, pred, t, target):
     """The predicted x0, for a model that predicts x0 or eps.
 
-    If it predicts eps, q_sample is solved for x0. DEVIATION: the paper predicts eps
-    (--target eps --t-power 1). At this size, predicting x0 needs far fewer training steps
-    (data/README.md): near t = 1, where x_t is almost eps, eps can be predicted without reading the
-    text, but x0 cannot.
+    If it predicts eps, q_sample is solved for x0:
+        x0 = (x_t - sqrt(1 - ab) eps) / sqrt(ab), where ab is alpha_bar
+    DEVIATION: the paper predicts eps (--target eps --t-power 1). At this size, predicting x0 needs
+    far fewer training steps (data/README.md): near t = 1, where x_t is almost eps, eps can be
+    predicted without reading the text, but x0 cannot.
     """
     ab = alpha_bar(t)
     return pred if target == "x0" else (xt - (1 - ab).sqrt() * pred) / ab.sqrt()
@@ -214,11 +220,12 @@ def p_sample(xt, x0, t, t_next, eta):
     """One denoising step, from t to t_next < t, given the predicted x0.
 
     x_t and the predicted x0 give eps: q_sample is solved for it. Then x0 is noised to level t_next.
-    DDIM (eta = 0) takes the same eps for this. DDPM's ancestral sampler (eta = 1) replaces a part
-    of it by fresh noise z:
+    DDIM (eta = 0) reuses this eps. DDPM's ancestral sampler (eta = 1) replaces part of it with
+    fresh noise z:
         x_next = sqrt(ab_next) x0 + sqrt(1 - ab_next - sigma^2) eps + sigma z
-    The total variance of the noise is 1 - ab_next for every sigma. The sigma of DDPM is equation 16
-    in the paper on DDIM (arXiv 2010.02502). NOT STATED: the sampler of Transfusion.
+        sigma = eta sqrt((1 - ab_next) / (1 - ab) * (1 - ab / ab_next))
+    The total variance of the noise is 1 - ab_next for every sigma. These are equations 12 and 16 of
+    the DDIM paper (arXiv 2010.02502). NOT STATED: the sampler of Transfusion.
     """
     ab, ab_next = alpha_bar(t), alpha_bar(t_next)
     eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()
@@ -230,15 +237,14 @@ def p_sample(xt, x0, t, t_next, eta):
 def guide(conditional, unconditional, guidance_scale):
     """Classifier-free guidance: move a prediction away from the one made without the text.
 
-    A scale of 1 is no guidance. Guiding x0 is equivalent to guiding eps, as each is a linear
-    function of the other. DEVIATION: the default is 2; the paper takes 3, and 5 in the comparison
-    with Chameleon (--guidance-scale). NOT STATED: how often training drops the text
-    (--unconditional-share 0.1).
+    A scale of 1 is no guidance. Whether x0 or eps is guided, x_next is the same. DEVIATION: the
+    default is 2; the paper uses 3, and 5 in the comparison with Chameleon (--guidance-scale). NOT
+    STATED: how often training drops the text (--unconditional-share 0.1).
     """
     return unconditional + guidance_scale * (conditional - unconditional)
 
 def without_text(documents):
-    """Documents for the unconditional prediction. They keep their images, such as one to edit."""
+    """Documents for the unconditional prediction. Their images stay, such as one to edit."""
     return [[item for item in document if not isinstance(item, int)] for document in documents]
 
 # ---- Transformer: Llama (RMSNorm, RoPE, SwiGLU, no biases) ---------------------------------------
@@ -327,7 +333,8 @@ class Llama(nn.Module):
     def embed(self, tokens):
         """Tokens (B, T) -> embeddings (B, T, D)."""
         is_patch = (tokens == PATCH) | (tokens >= self.n_text)  # the latter are Chameleon's codes
-        position = (is_patch.cumsum(1) - 1) % self.cfg.n_patches  # 0 to N - 1 in each image
+        # 0 to N - 1 in each image, as all images have N patches. At text, it is not used.
+        position = (is_patch.cumsum(1) - 1) % self.cfg.n_patches
         x = self.token_embedding(tokens)
         return x + is_patch[:, :, None] * self.patch_position[position]
 
@@ -340,8 +347,9 @@ class Llama(nn.Module):
 def init_weights(model):
     """As in GPT-2: N(0, 0.02^2), and smaller for the matrices that end a residual branch.
 
-    As in DiT, the last layer of the patch decoder is zero. With PyTorch's defaults in the patch
-    encoder and decoder, training takes noticeably longer.
+    This includes the patch encoder and decoder: with PyTorch's own initialisation of them, training
+    takes noticeably longer. As in DiT, the last layer of the patch decoder is zero. Norms and
+    biases keep PyTorch's.
     """
     for name, p in model.named_parameters():
         if name.startswith("patch_decoder.last"):
@@ -370,8 +378,8 @@ class LinearPatchEncoder(nn.Module):
     """Section 3: one linear layer, applied to every patch, and the embedding of t.
 
     With linear patches, t enters the model here and nowhere else. DEVIATION: the paper adds the
-    embedding of t to the numbers of the patch, before the linear layer. Here these are only
-    4 x 2 x 2, too few for a useful embedding, so it is added after the layer.
+    embedding of t to the values of the patch, before the linear layer. Here these are only 16
+    (4 x 2 x 2), too few for a useful embedding, so it is added after the layer.
     """
 
     def __init__(self, cfg):
@@ -383,7 +391,8 @@ class LinearPatchEncoder(nn.Module):
 
     def forward(self, xt, t):
         patches = self.linear(xt).movedim(1, -1)  # (M, grid, grid, D)
-        return patches + self.time(t)[:, None, None], None  # no skip connections, unlike a U-Net
+        skips = None  # only a U-Net has skip connections
+        return patches + self.time(t)[:, None, None], skips
 
 class LinearPatchDecoder(nn.Module):
     """One linear layer, applied to the transformer's output at every patch."""
@@ -393,7 +402,7 @@ class LinearPatchDecoder(nn.Module):
         p = cfg.patch_size
         self.last = nn.ConvTranspose2d(cfg.dim, cfg.latent_channels, kernel_size=p, stride=p)
 
-    def forward(self, x, no_skips):
+    def forward(self, x, skips):
         return self.last(x.movedim(-1, 1))  # (M, grid, grid, D) -> (M, C, H, W)
 
 # ---- Transfusion ---------------------------------------------------------------------------------
@@ -413,8 +422,9 @@ class Transfusion(Llama):
         x = self.embed(tokens)  # (B, T, D)
         patches, skips = self.patch_encoder(xt, t)  # (M, grid, grid, D)
 
-        # So far, x only says that there is a patch, and where in the image. Add what it shows.
-        # x[is_patch] (M * N, D) goes row by row. This is the order in which `pack` stacks images.
+        # So far, x has the same embedding for all patches, and that of their position in the grid.
+        # Add their content. x[is_patch] (M * N, D) goes row by row, and so does `pack` when it
+        # stacks images.
         is_patch = tokens == PATCH
         x[is_patch] += patches.flatten(0, 2)
 
@@ -433,7 +443,7 @@ class Transfusion(Llama):
 
         t = noise_levels(torch.rand(len(x0), device=self.device), cfg)  # (M,), one for each image
         # The noise cap (table 8) is for conditions: BOI comes right after BOS, and the token after
-        # EOI is not EOS.
+        # EOI is not EOS. Every document ends with EOS, so there is always a token after EOI.
         row, column = (tokens == BOI).nonzero(as_tuple=True)  # where each of the M images begins
         after_eoi = tokens[row, column + cfg.n_patches + 2]  # BOI, N patches, EOI, this token
         is_condition = (column == 1) & (after_eoi != EOS)
@@ -467,11 +477,12 @@ class Transfusion(Llama):
     def predict_x0(self, documents, xt, t):
         """Append xt[i] to document i, and predict its x0: (B, C, H, W) -> (B, C, H, W).
 
-        All images in xt have noise level t (1,). Earlier images of the documents are clean.
+        All images in xt have noise level t (1,). Earlier images of the documents are clean, and
+        their predictions are not used.
         """
-        documents = [[*document, image] for document, image in zip(documents, xt)]
-        tokens, images = pack(documents, self.cfg, self.device)
-        # With 1, 2 and 1 images in three documents, the last ones have the indices 0, 2 and 3.
+        with_xt = [[*document, image] for document, image in zip(documents, xt)]
+        tokens, images = pack(with_xt, self.cfg, self.device)
+        # With 1, 2 and 1 images in three documents, their last ones have the indices 0, 2 and 3.
         last = (tokens == BOI).sum(1).cumsum(0) - 1  # (B,)
         t_of_images = torch.zeros(len(images), device=self.device)
         t_of_images[last] = t
@@ -482,16 +493,16 @@ class Transfusion(Llama):
         """Diffusion mode: generate the next image of each document. Returns (B, C, H, W).
 
         Each step runs the model on the whole sequence, which is too short for a cache to pay off.
-        DEVIATION: the paper takes 250 steps (--steps 250).
+        DEVIATION: the paper uses 250 steps; here the default is 50 (--steps).
         """
-        both = documents + without_text(documents)  # 2B documents, for guidance
+        both = documents + without_text(documents)  # 2B documents, for guidance, with the same xt
         xt = torch.randn(len(documents), *self.cfg.latent_shape, device=self.device)
         # NOT STATED: the noise levels of the steps. Here they are spaced as in training.
         times = noise_levels(torch.linspace(1, 0, steps + 1, device=self.device), self.cfg)
         for t, t_next in pairwise(times.split(1)):  # each (1,)
             conditional, unconditional = self.predict_x0(both, torch.cat([xt, xt]), t).chunk(2)
             x0 = guide(conditional, unconditional, guidance_scale)
-            x0 = x0.clamp(-5, 5)  # most latents are smaller; an x0 from eps can be huge near t = 1
+            x0 = x0.clamp(-5, 5)  # latents are rarely larger; x0 from eps is, near t = 1
             xt = p_sample(xt, x0, t, t_next, eta)
             show(xt)
         return xt
@@ -514,7 +525,7 @@ def sample_tokens(logits, temperature):
 
 def write(model, documents, max_tokens, temperature):
     """LM mode: append text to each document, in place, until the model predicts BOI or EOS, or has
-    written max_tokens. Returns the documents for which it predicted BOI.
+    written max_tokens. Returns the documents for which it predicted BOI. The others are finished.
 
     BOI and EOS are not appended, since `pack` inserts them.
     """
@@ -544,19 +555,20 @@ def generate(
     """Section 3, inference: continue documents, which are lists of tokens and images.
 
     The model itself switches to diffusion mode, by predicting BOI. After the image, `pack` inserts
-    EOI, and LM mode continues. A document is finished when the model predicts EOS, when it has
-    written max_tokens since the last image, or when it predicts BOI after max_images new images.
+    EOI, and LM mode continues. A document is finished when the model predicts EOS, has written
+    max_tokens since the last image, or predicts BOI after max_images new images.
     """
     documents = [list(document) for document in documents]  # copies, which are extended in place
-    active = documents  # those that want an image, or may still write text
+    unfinished = documents
     for _ in range(max_images):
-        active = write(model, active, max_tokens, temperature)
-        if not active:
+        wants_image = write(model, unfinished, max_tokens, temperature)
+        if not wants_image:
             return documents
-        images = model.draw(active, steps, guidance_scale, eta, show)
-        for document, image in zip(active, images):
+        images = model.draw(wants_image, steps, guidance_scale, eta, show)
+        for document, image in zip(wants_image, images):
             document.append(image)
-    write(model, active, max_tokens, temperature)  # the text after the last image
+        unfinished = wants_image
+    write(model, unfinished, max_tokens, temperature)  # the text after the last image
     return documents
 
 # ---- Tokenizer: text to tokens and back ----------------------------------------------------------
@@ -578,7 +590,10 @@ class Tokenizer:
 
     @staticmethod
     def split(text):
-        """A list of pieces: words with the space before them, and all other characters."""
+        """A list of pieces: words with the space before them, and all other characters.
+
+        "a red circle." -> [" a", " red", " circle", "."]
+        """
         return re.findall(r" ?[^\s.,;:!?]+|.", " " + text, re.DOTALL)
 
     def encode(self, text):
@@ -597,12 +612,12 @@ class Tokenizer:
         return text.removeprefix(b" ").decode(errors="replace")
 
 def encode(documents, tokenizer, vae):
-    """Documents of str and pictures, uint8 (H, W, 3) -> documents of tokens and images."""
+    """Documents of str and pictures, uint8 (S, S, 3) -> documents of tokens and images."""
     parts = [part for document in documents for part in document]
     pictures = [torch.as_tensor(part) for part in parts if not isinstance(part, str)]
     images = []
     if pictures:
-        n = max(1, 2**19 // pictures[0].shape[0] ** 2)  # pictures at a time: 512 of 32 x 32 pixels
+        n = max(1, 2**19 // pictures[0].shape[0] ** 2)  # at a time, to bound memory: 512 of 32 x 32
         for batch in torch.stack(pictures).split(n):
             images += vae.encode(batch)
     images = iter(images)
@@ -625,7 +640,7 @@ class VAE(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         n_halvings = int(math.log2(cfg.image_size / cfg.latent_size))
-        widths = [3] + [cfg.vae_dim * 2**i for i in range(n_halvings)]  # channels: 3, 24, 48
+        widths = [3] + [cfg.vae_dim * 2**i for i in range(n_halvings)]  # channels: 3, 24, 48, ...
         wide = widths[-1]
         down, up = [], []
         for n_in, n_out in pairwise(widths):
@@ -643,16 +658,16 @@ class VAE(nn.Module):
             *up,
         )
         # The noise schedule assumes latents of mean 0 and variance 1. So the posterior means are
-        # normalised, before the decoder takes them, too. vae.eval() freezes the statistics. NOT
-        # STATED: how the paper scales its latents.
+        # normalised, and the decoder learns to decode them in this form. vae.eval() freezes the
+        # statistics. NOT STATED: how the paper scales its latents.
         self.normalise = nn.BatchNorm2d(cfg.latent_channels, affine=False)
 
     def to_input(self, pictures):
-        """uint8 (M, H, W, 3) -> float (M, 3, H, W) in [-1, 1], on the device of the VAE."""
+        """uint8 (M, S, S, 3) -> float (M, 3, S, S) in [-1, 1], on the device of the VAE."""
         return pictures.movedim(-1, 1).to(self.normalise.running_mean.device) / 127.5 - 1
 
     def posterior(self, x):
-        """The mean and the log variance of the latents, both (M, C, h, w)."""
+        """The mean and the log variance of the latents, both (M, C, H, W)."""
         mean, log_var = self.encoder(x).chunk(2, dim=1)
         return self.normalise(mean), log_var
 
@@ -670,12 +685,12 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, pictures):
-        """uint8 (M, H, W, 3) -> latents (M, C, h, w): the mean of the posterior."""
+        """uint8 (M, S, S, 3) -> latents (M, C, H, W): the mean of the posterior."""
         return self.posterior(self.to_input(pictures))[0]
 
     @torch.no_grad()
     def decode(self, latents):
-        """Latents (M, C, h, w) -> uint8 (M, H, W, 3)."""
+        """Latents (M, C, H, W) -> uint8 (M, S, S, 3)."""
         x = self.decoder(latents).clamp(-1, 1)
         return ((x + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)
 
@@ -752,9 +767,9 @@ class UNetUp(nn.Module):
 
 # ---- Chameleon: the baseline, with discrete images -----------------------------------------------
 
-N_LEVELS, CODE_DIM = 5, 4
-N_CODES = N_LEVELS**CODE_DIM  # 625
-CODE_TEMPERATURE = 0.5  # images match their captions less often at 1, and vary less at 0
+CODE_LEVELS, CODE_DIM = 5, 4
+N_CODES = CODE_LEVELS**CODE_DIM  # 625
+CODE_TEMPERATURE = 0.5  # at 1, images match their captions less often; at 0, they vary less
 
 class QuantisedVAE(VAE):
     """A VAE with one latent vector per patch, of 4 integers from -2 to 2. With 2 added, these are
@@ -769,18 +784,18 @@ class QuantisedVAE(VAE):
         # Each latent vector covers as many pixels as one of Transfusion's patches.
         super().__init__(replace(cfg, latent_size=cfg.grid, patch_size=1, latent_channels=CODE_DIM))
         self.n_text = n_text
-        place_values = N_LEVELS ** torch.arange(CODE_DIM)  # 1, 5, 25, 125
+        place_values = CODE_LEVELS ** torch.arange(CODE_DIM)  # 1, 5, 25, 125
         self.register_buffer("place_values", place_values[:, None, None])
 
     def quantise(self, x):
-        """Pictures (M, 3, H, W) -> integers (M, 4, grid, grid), as floats.
+        """Pictures (M, 3, S, S) -> integers (M, 4, grid, grid), as floats.
 
-        z + error is z, rounded. Its gradient is that of z: a straight-through estimator. In half of
-        the training steps, uniform noise replaces the rounding error. Without this noise, training
-        sometimes fails.
+        The value of z + error is z, rounded, but its gradient is that of z: a straight-through
+        estimator. In half of the training steps, uniform noise replaces the rounding error. Without
+        this noise, training sometimes fails.
         """
         mean, _ = self.posterior(x)
-        z = mean.tanh() * (N_LEVELS // 2)
+        z = mean.tanh() * (CODE_LEVELS // 2)  # from -2 to 2
         error = (z.round() - z).detach()
         if self.training and torch.rand(()) < 0.5:
             error = torch.rand_like(z) - 0.5
@@ -793,16 +808,16 @@ class QuantisedVAE(VAE):
 
     @torch.no_grad()
     def encode(self, pictures):
-        """uint8 (M, H, W, 3) -> codes (M, N) int64."""
-        digits = self.quantise(self.to_input(pictures)).round().long() + N_LEVELS // 2
+        """uint8 (M, S, S, 3) -> codes (M, N) int64."""
+        digits = self.quantise(self.to_input(pictures)).round().long() + CODE_LEVELS // 2
         return self.n_text + (digits * self.place_values).sum(1).flatten(1)
 
     def decode(self, codes):
-        """Codes (M, N) -> uint8 (M, H, W, 3)."""
+        """Codes (M, N) -> uint8 (M, S, S, 3)."""
         grid = math.isqrt(codes.shape[1])
         codes = (codes - self.n_text).unflatten(1, (1, grid, grid))  # (M, 1, grid, grid)
-        digits = codes // self.place_values % N_LEVELS  # (M, 4, grid, grid)
-        return super().decode((digits - N_LEVELS // 2).float())
+        digits = codes // self.place_values % CODE_LEVELS  # (M, 4, grid, grid)
+        return super().decode((digits - CODE_LEVELS // 2).float())
 
 class Chameleon(Llama):
     """The discrete baseline (arXiv 2405.09818): a language model of text and codes.
@@ -810,8 +825,8 @@ class Chameleon(Llama):
     The documents and the transformer are those of Transfusion. But there is only the next-token
     loss, attention is causal, and an image is generated by sampling its codes.
 
-    For stability, it has a z-loss, and QK-norm with --preset chameleon. DEVIATION: the paper's also
-    has its norms after the layers. Here they are before them, as in Llama.
+    For stability, it has a z-loss, and QK-norm with --preset chameleon. DEVIATION: the norms come
+    before the layers, as in Llama. In the paper's Chameleon, they come after them.
     """
 
     def __init__(self, cfg, n_text):
@@ -839,10 +854,11 @@ class Chameleon(Llama):
     def draw(self, documents, steps, guidance_scale, eta, show):
         """Sample the codes of the next image of each document, one by one. Returns (B, N).
 
-        The arguments of diffusion (steps and eta) have no effect, and only the result is shown.
+        steps and eta are ignored, and `show` gets only the result.
         """
         both = documents + without_text(documents)  # 2B documents, for guidance
-        both = [[*document, BOI] for document in both]  # codes follow, the same for both halves
+        # BOI and codes are appended like text, so `pack` inserts no EOI before the image is done.
+        both = [[*document, BOI] for document in both]
         drawn = []
         for _ in range(self.cfg.n_patches):
             conditional, unconditional = next_logits(self, both).chunk(2)
