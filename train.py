@@ -9,17 +9,18 @@
 
 The output directory (--run) gets ckpt.pt, log.csv, progress.png (a row of drawings for each
 evaluation), figure.png (the attention mask, and drawings of held-out captions), metrics.json, and
-run.json with all settings. Ctrl-C, once the model trains, saves a checkpoint, and --resume goes on
-from it.
+run.json with all settings. Ctrl-C, once the model trains, evaluates it and saves a checkpoint, and
+--resume goes on from it.
 
 An option that is not given comes from the first of these that has it:
     a new run                 --preset, the task, the defaults below
-    --init                    --preset, the task, the checkpoint (for the model), the defaults below
+    --init                    --preset, the task, the checkpoint's Config, the defaults below
     --resume, --eval-only     --preset, the checkpoint
 
-To add an option, add a field to Config or Run, with its help as a comment on the same line. To add
-a part of the loss, add it to the sum in Transfusion.loss and to the parts that it returns. A part
-"x" is the column loss_x of log.csv. To add a task or a score, see data/tasks.py.
+To add an option, add a field to Config (the model, which --init takes over) or to Run, with its
+help as a comment on the same line. To add a part of the loss, add it to the sum in Transfusion.loss
+and to the parts that it returns. A part "x" is the column loss_x of log.csv. To add a task, write a
+class like those in data/tasks.py. To add a score, add it to the dict that its `evaluate` returns.
 """
 
 import atexit
@@ -55,7 +56,7 @@ from transfusion import VAE, Chameleon, Config, QuantisedVAE, Tokenizer, Transfu
 @dataclass
 class Run:
     """All options but those of the model. Each field is one, and its comment is the help."""
-    run: str = ""  # output directory [runs/, and the name of the task, the baseline or the folder]
+    run: str = ""  # output directory [runs/NAME: the task, the folder of --data, or chameleon]
     task: Literal[tuple(TASKS)] = ""  # what to train on [shapes, or folder with --data]
     data: str = ""  # folder of your own pictures with captions
     init: str = ""  # output directory of an earlier run, to start from its model
@@ -72,7 +73,7 @@ class Run:
     # DEVIATION: the paper uses AdamW throughout (--optimizer adamw --lr 2e-3).
     optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices of the transformer
     lr: float = 6e-3  # peak learning rate
-    evaluations: int = 10  # how often to evaluate, and to write a checkpoint, during training
+    evaluations: int = 10  # number of evaluations in training; each writes a checkpoint
     eval_n: int = 512  # examples per score in the final table
     val_n: int = 32  # examples per score in each evaluation before it, on the validation split
     eval_split: Literal["test", "val"] = "test"  # test for final results, val to choose settings
@@ -124,10 +125,10 @@ def parse_options(argv):
                 text += f" [{f.default}]"
             choices = get_args(f.type)  # of Literal
             if f.type is bool:
-                settings = {"action": BooleanOptionalAction}
+                kind_of_value = {"action": BooleanOptionalAction}
             else:
-                settings = {"choices": choices} if choices else {"type": f.type}
-            parser.add_argument("--" + f.name.replace("_", "-"), help=text, **settings)
+                kind_of_value = {"choices": choices} if choices else {"type": f.type}
+            parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind_of_value)
     given = vars(parser.parse_args(argv))
     return PRESETS.get(given.get("preset"), {}) | given
 
@@ -151,7 +152,7 @@ def main(argv=None):
         if "init" in options:  # start from the model of another run
             checkpoint = load_checkpoint(options["init"])
             options = checkpoint["cfg"] | options
-    # Before the folder is read, so that only the first process reports on it.
+    # From here on, only the first process prints.
     device, rank, n_processes = start_processes(options.get("device", Run.device))
     try:
         cfg, run = build(Config, options), build(Run, options)
@@ -163,11 +164,11 @@ def main(argv=None):
     run.steps = run.steps or task.steps
     words = checkpoint["words"] if checkpoint else task.words
     tokenizer, model, vae = build_models(cfg, words, device, checkpoint)
-    ema = copy.deepcopy(model)  # the averaged weights, which are scored
-    scored = Trained(ema, tokenizer, vae, run)
+    ema = copy.deepcopy(model)  # the averaged weights: they are scored, and the best are kept
+    trained = Trained(ema, tokenizer, vae, run)
     if "eval_only" in options:
         if rank == 0:
-            write_scores(scored, task, directory, checkpoint)
+            write_scores(trained, task, directory, checkpoint)
         return
     micro_batch_size = divide_batch(run, n_processes)
     optimizers = make_optimizers(model, run)
@@ -193,11 +194,11 @@ def main(argv=None):
     flops_per_step = run.batch_size * flops_per_document(model, documents)
     interrupted = Event()  # from here on, Ctrl-C only sets it
     signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    losses = []  # since the last evaluation, or since --resume
+    losses = []  # since the last evaluation
     bar = progress_bar(range(first_step, run.steps), "model")
     for step in bar:
         # The training step. Its random numbers depend only on the seed, the step and the process,
-        # so a resumed run equals an undisturbed one. (The hash of integers is always the same.)
+        # so a resumed run equals an undisturbed one.
         torch.manual_seed(hash((run.seed, step, rank)))
         for _ in range(run.accumulate):
             chosen = torch.randint(len(documents), (micro_batch_size,)).tolist()
@@ -210,48 +211,45 @@ def main(argv=None):
         if not torch.isfinite(grad_norm):
             sys.exit(f"Stopped at step {step + 1}: the loss is {loss}, the norm of its gradient "
                      f"{grad_norm}. The last checkpoint, if there is one, is kept.")
+        lr = learning_rate(step, run.steps, run.lr)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, run.steps, run.lr)
+                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
         update_average(ema, model, step)
 
         # Log, evaluate, save: in the first process only, with the losses of its last micro-batch.
-        if rank > 0:  # the next step waits for the first process
-            continue
-        done = step + 1  # steps
+        if rank > 0:
+            continue  # to the next step, where average_gradients waits for the first process
+        steps_done = step + 1
         losses.append({f"loss_{k}": torch.as_tensor(part).item() for k, part in parts.items()})
         bar.set_postfix(losses[-1])
-
-        is_evaluation = done % eval_every == 0 or done == run.steps
-        if is_evaluation:
+        if steps_done % eval_every == 0 or steps_done == run.steps or interrupted.is_set():
             means = {k: sum(row[k] for row in losses) / len(losses) for k in losses[0]}
             losses = []
-            scores, pictures = validate(scored, task)
-            history.append({"step": done} | means | scores)
+            scores, pictures = validate(trained, task)
+            history.append({"step": steps_done} | means | scores)
             drawings += pictures
             write_progress(directory, history, drawings)
             if best_row(history) is history[-1]:
                 best = copy.deepcopy(ema.state_dict())
-        if is_evaluation or interrupted.is_set():
             checkpoint = settings | {
-                "words": words, "step": done,
-                "history": history, "drawings": drawings, "flops": flops_per_step * done,
-                "minutes": (time.time() - start_time) / 60, "vae": vae.state_dict(),
-                "model": model.state_dict(), "ema": ema.state_dict(),
-                "best": best if history else ema.state_dict(),  # if not yet evaluated
+                "words": words, "step": steps_done, "flops": flops_per_step * steps_done,
+                "minutes": (time.time() - start_time) / 60,
+                "history": history, "drawings": drawings, "vae": vae.state_dict(),
+                "model": model.state_dict(), "ema": ema.state_dict(), "best": best,
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
             save_checkpoint(checkpoint, directory / "ckpt.pt")
-            if interrupted.is_set():
-                sys.exit(f"Stopped after step {done}. To go on: "
-                         f"python train.py --resume --run {shlex.quote(run.run)}")
+        if interrupted.is_set():
+            sys.exit(f"Stopped after step {steps_done}. To go on: "
+                     f"python train.py --resume --run {shlex.quote(run.run)}")
 
     if rank == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C stops again at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # now Ctrl-C stops at once
         ema.load_state_dict(best)
-        write_scores(scored, task, directory, checkpoint)
+        write_scores(trained, task, directory, checkpoint)
 
 # ---- What main calls -----------------------------------------------------------------------------
 
@@ -265,13 +263,13 @@ def learning_rate(step, steps, peak):
 
 @torch.no_grad()
 def update_average(ema, model, step):
-    """Move the average towards the model: a mean over about 100 steps, over fewer at first."""
+    """Exponential moving average of the weights, over about 100 steps, over fewer at first."""
     decay = min(0.99, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 def average_gradients(model, n_processes):
-    """What DistributedDataParallel does, in its simplest form. Every parameter has a gradient, even
-    if a batch has no images.
+    """What DistributedDataParallel does, in its simplest form. Every parameter has a gradient: in a
+    batch without images, those of the patch encoder and decoder are zero.
     """
     for p in model.parameters():
         dist.all_reduce(p.grad)
@@ -286,9 +284,8 @@ def divide_batch(run, n_processes):
 
 def train_vae(vae, documents, steps, n_processes):
     """Train the VAE on the pictures of documents, unless there are none or it is trained."""
-    # Each picture once, although several documents of a folder may share it.
-    parts = {id(part): part for document in documents for part in document}
-    pictures = [part for part in parts.values() if not isinstance(part, str)]
+    parts = [part for document in documents for part in document]
+    pictures = [part for part in parts if not isinstance(part, str)]
     if not pictures or is_trained(vae):
         return
     print(f"Training the VAE on {len(pictures)} pictures, {steps} steps.", flush=True)
@@ -329,7 +326,7 @@ class Muon(torch.optim.Optimizer):
 
     The same as torch.optim.Muon(adjust_lr_fn="match_rms_adamw", ns_steps=3), but in fp32 and for
     all matrices of a group at once, which is several times as fast on a CPU. They need the same
-    shape.
+    shape. main sets the learning rate before each step.
     """
 
     @torch.no_grad()
@@ -348,7 +345,9 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-group["lr"] * scale)
 
 def orthogonalise(x, steps=3):
-    """Newton-Schulz iteration: a polynomial moves all singular values of matrices towards 1."""
+    """Newton-Schulz iteration: a polynomial moves all singular values of matrices towards 1. The
+    coefficients are those of Jordan et al.
+    """
     if x.shape[1] > x.shape[2]:
         return orthogonalise(x.mT, steps).mT  # the products below are smaller this way
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -358,10 +357,7 @@ def orthogonalise(x, steps=3):
     return x
 
 def make_optimizers(model, run):
-    """Muon for the matrices of the transformer, AdamW for the rest. Vectors do not decay.
-
-    main sets the learning rate before each step.
-    """
+    """Muon for the matrices of the transformer, AdamW for the rest. Vectors do not decay."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     muon = matrices if run.optimizer == "muon" else []
     taken = set(map(id, muon))
@@ -374,7 +370,7 @@ def make_optimizers(model, run):
     if muon:
         shapes = sorted({p.shape for p in muon})
         groups = [{"params": [p for p in muon if p.shape == shape]} for shape in shapes]
-        optimizers.append(Muon(groups, {"weight_decay": 0.1, "momentum": 0.95}))
+        optimizers.append(Muon(groups, defaults={"weight_decay": 0.1, "momentum": 0.95}))
     return optimizers
 
 # ---- Processes, models, files --------------------------------------------------------------------
@@ -400,7 +396,7 @@ def start_processes(name):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     atexit.register(dist.destroy_process_group)
     if dist.get_rank() > 0:
-        sys.stdout = io.StringIO()  # only the first process reports
+        sys.stdout = io.StringIO()  # only the first process prints
     return device, dist.get_rank(), dist.get_world_size()
 
 def progress_bar(steps, description):

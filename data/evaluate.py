@@ -260,7 +260,7 @@ def write_scores(trained, task, directory, checkpoint):
     split = "held-out" if run.eval_split == "test" else "validation"
     print(f"\n{report.n} {split} examples, seed {run.seed}, guidance {run.guidance_scale:g}, "
           f"{run.sample_steps} denoising steps, eta {run.eta:g}, "
-          f"weights of step {best_row(checkpoint['history'] or [checkpoint])['step']}")
+          f"weights of step {best_row(checkpoint['history'])['step']}")
     for name, (value, beside) in report.scores.items():
         print(f"{name:14} {value:8.4f}   {beside}")
     figure = draw_figure(report, trained.model, trained.tokenizer)
