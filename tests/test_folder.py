@@ -263,7 +263,7 @@ def test_documents_follow_the_shares_and_mix_the_subfolders():
     task.train *= 20
     documents = task.documents(10**6, seed=0)
     n = len(documents)
-    assert n == 4 * len(task.train)
+    assert n == 8 * len(task.train)
     kinds = Counter((len(document), isinstance(document[0], str)) for document in documents)
     expected = {
         (2, False): 0.4 * n,
@@ -271,6 +271,20 @@ def test_documents_follow_the_shares_and_mix_the_subfolders():
         (1, False): 0.3 * n,
     }
     assert kinds == pytest.approx(expected, abs=0.03 * n)
+
+def test_documents_have_pictures_that_are_moved_a_little():
+    """A dot in the middle is as often left of it as right of it, and stays within a tenth."""
+    picture = np.full((40, 40, 3), 255, np.uint8)
+    picture[20, 20] = 0
+    write_pictures("dots")
+    task = Folder(train.Run(data="."), 32)
+    task.train = [("a dot", picture)] * 100
+    found = [document[-1] if isinstance(document[-1], np.ndarray) else document[0]
+             for document in task.documents(10**6, seed=0)]
+    dots = np.array([np.argwhere(moved[..., 0] == 0) for moved in found])[:, 0]
+    assert dots.shape == (800, 2)
+    assert dots.min() == 16 and dots.max() == 24
+    assert dots.mean() == pytest.approx(20, abs=0.5)
 
 # ---- Emoji ---------------------------------------------------------------------------------------
 
