@@ -140,6 +140,8 @@ def build(kind, options):
 
 def main(argv=None):
     start_time = time.time()
+
+    # Options: those that are given, then those of the checkpoint or the task.
     options = parse_options(argv)
     task_name = options.get("task", "folder" if "data" in options else "shapes")
     directory = Path(options.setdefault("run", default_directory(task_name, options)))
@@ -160,6 +162,7 @@ def main(argv=None):
     except ValueError as error:  # options that do not fit, or a folder that cannot be used
         sys.exit(str(error))
 
+    # Models.
     torch.manual_seed(run.seed)  # in all processes, so that they start with the same model
     run.steps = run.steps or task.steps
     words = checkpoint["words"] if checkpoint else task.words
@@ -186,10 +189,13 @@ def main(argv=None):
         if "resume" not in options:
             rename_earlier_run(directory)
         write_settings(directory, settings)
+
+    # Documents and VAE.
     documents = task.documents(run.documents, run.seed)
     train_vae(vae, documents, run.vae_steps, n_processes)
     documents = encode(documents, tokenizer, vae)
 
+    # Training. The loop begins with the training step.
     eval_every = math.ceil(run.steps / run.evaluations)
     flops_per_step = run.batch_size * flops_per_document(model, documents)
     interrupted = Event()  # from here on, Ctrl-C only sets it
@@ -197,8 +203,8 @@ def main(argv=None):
     losses = []  # since the last evaluation
     bar = progress_bar(range(first_step, run.steps), "model")
     for step in bar:
-        # The training step. Its random numbers depend only on the seed, the step and the process,
-        # so a resumed run equals an undisturbed one.
+        # Its random numbers depend only on the seed, the step and the process, so a resumed run
+        # equals an undisturbed one.
         torch.manual_seed(hash((run.seed, step, rank)))
         for _ in range(run.accumulate):
             chosen = torch.randint(len(documents), (micro_batch_size,)).tolist()
@@ -242,10 +248,11 @@ def main(argv=None):
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
             save_checkpoint(checkpoint, directory / "ckpt.pt")
-        if interrupted.is_set():
-            sys.exit(f"Stopped after step {steps_done}. To go on: "
-                     f"python train.py --resume --run {shlex.quote(run.run)}")
+            if interrupted.is_set():
+                sys.exit(f"Stopped after step {steps_done}. To go on: "
+                         f"python train.py --resume --run {shlex.quote(run.run)}")
 
+    # The result.
     if rank == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # now Ctrl-C stops at once
         ema.load_state_dict(best)
