@@ -214,22 +214,14 @@ class Edit(Shapes):
         both = np.concatenate([np.stack(before), drawn], axis=2)
         return Report(n, scores, both, instructions, correct)
 
-def moved(picture, rng):
-    """The picture, moved by up to a tenth of its size. Its edges fill the gap."""
-    size = len(picture)
-    most = size // 10
-    y, x = rng.randint(0, 2 * most), rng.randint(0, 2 * most)
-    wide = np.pad(picture, [(most, most), (most, most), (0, 0)], mode="edge")
-    return wide[y : y + size, x : x + size]
-
 class Folder:
     """Your own pictures with captions. No program can read them, so the scores are others.
 
     Validation and the final table use the same held-out pictures, but validation only the first.
     """
 
-    # Real pictures have more detail than the toy world's. Captions are soon learned by heart, so
-    # the diffusion loss needs more weight. And the held-out loss, which decides which weights are
+    # Real pictures have more detail than the toy world's. Captions are learned by heart soon, so
+    # the diffusion loss needs more weight. And the held-out loss, which decides what weights are
     # kept, needs more examples.
     defaults = {"latent_channels": 8, "lambda_ddpm": 20.0, "val_n": 128}
     passes = 60  # how often each picture is seen
@@ -245,14 +237,13 @@ class Folder:
         self.steps = math.ceil(self.passes * len(self.train) / run.batch_size)
 
     def documents(self, n, seed):
-        """n documents, but at most 8 per picture, with the picture moved a little in each."""
+        """n documents, but at most 4 per picture."""
         if n < len(self.train):
             print(f"Only {n} of {len(self.train)} pictures are used: --documents is {n}.")
         rng = random.Random(seed)
         documents = []
-        for i in range(min(n, 8 * len(self.train))):
+        for i in range(min(n, 4 * len(self.train))):
             caption, picture = self.train[i % len(self.train)]
-            picture = moved(picture, rng)
             if rng.random() > self.caption_first:
                 documents.append([picture, caption])
             elif rng.random() < self.unconditional_share:

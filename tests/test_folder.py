@@ -17,7 +17,7 @@ import sample
 import train
 from data import emoji, folder
 from data.folder import find_captions, frequent_words, load_folder, load_picture, split_by_content
-from data.tasks import Folder, moved
+from data.tasks import Folder
 from tests.conftest import TINY, call, complaint, metrics_of
 from transfusion import encode
 
@@ -263,7 +263,7 @@ def test_documents_follow_the_shares_and_mix_the_subfolders():
     task.train *= 20
     documents = task.documents(10**6, seed=0)
     n = len(documents)
-    assert n == 8 * len(task.train)
+    assert n == 4 * len(task.train)
     kinds = Counter((len(document), isinstance(document[0], str)) for document in documents)
     expected = {
         (2, False): 0.4 * n,
@@ -271,14 +271,6 @@ def test_documents_follow_the_shares_and_mix_the_subfolders():
         (1, False): 0.3 * n,
     }
     assert kinds == pytest.approx(expected, abs=0.03 * n)
-
-def test_pictures_are_moved_by_up_to_a_tenth_in_all_directions():
-    picture = np.full((40, 40, 3), 255)
-    picture[20, 20] = 0  # a dot
-    rng = random.Random(0)
-    dots = np.array([np.argwhere(moved(picture, rng)[:, :, 0] == 0) for _ in range(500)])[:, 0]
-    assert (dots.min(0) == 16).all() and (dots.max(0) == 24).all()
-    assert dots.mean(0) == pytest.approx(20, abs=0.5)
 
 # ---- Emoji ---------------------------------------------------------------------------------------
 
