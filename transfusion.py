@@ -460,8 +460,8 @@ class Transfusion(Llama):
 
         # L_DDPM: the mean squared error of each image, then the mean over the images of the batch.
         target = x0 if cfg.target == "x0" else eps
-        error = (pred - target).square().mean((1, 2, 3))  # (M,)
-        loss_ddpm = error.sum() / max(1, len(error))  # 0 without images
+        error = (pred - target).square()  # (M, C, H, W)
+        loss_ddpm = error.mean((1, 2, 3)).sum() / max(1, len(error))  # 0 without images
 
         return loss_lm + cfg.lambda_ddpm * loss_ddpm, {"text": loss_lm, "image": loss_ddpm}
 

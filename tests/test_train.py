@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
 
@@ -455,6 +455,11 @@ def test_the_presets_have_the_sizes_of_the_paper(name):
         model = Transfusion(build(Config, PRESETS[name]), n_text=32_000)
     n_params = sum(p.numel() for p in model.parameters())
     assert n_params == pytest.approx(1e9 * float(name[:-1]), rel=0.06)
+
+def test_presets_and_tasks_set_only_options_that_exist():
+    options = {field.name for kind in (Config, Run) for field in fields(kind)}
+    for defaults in [*PRESETS.values(), *[task.defaults for task in TASKS.values()]]:
+        assert options >= set(defaults)
 
 if __name__ == "__main__":
     in_one_of_two_processes()
