@@ -9,18 +9,19 @@
 
 The output directory (--run) gets ckpt.pt, log.csv, progress.png (a row of drawings for each
 evaluation), figure.png (the attention mask, and drawings of held-out captions), metrics.json, and
-run.json with all settings. Ctrl-C, once the model trains, evaluates it and saves a checkpoint, and
---resume goes on from it.
+run.json with all settings. Ctrl-C, while the model trains, evaluates the model, saves a checkpoint
+and stops. --resume continues from there.
 
-An option that is not given comes from the first of these that has it:
-    a new run                 --preset, the task, the defaults below
-    --init                    --preset, the task, the checkpoint's Config, the defaults below
-    --resume, --eval-only     --preset, the checkpoint
+Options come from these sources. If several have the same option, the last one wins:
+    a new run                 the defaults below, those of the task, --preset, the command line
+    --init                    the same, and after the defaults below, the checkpoint's Config
+    --resume, --eval-only     the checkpoint, --preset, the command line
 
-To add an option, add a field to Config (the model, which --init takes over) or to Run, with its
-help as a comment on the same line. To add a part of the loss, add it to the sum in Transfusion.loss
-and to the parts that it returns. A part "x" is the column loss_x of log.csv. To add a task, write a
-class like those in data/tasks.py. To add a score, add it to the dict that its `evaluate` returns.
+To add an option, add a field to Config, if it describes the model, or else to Run, with its help as
+a comment on the same line. To add a part of the loss, add it to the sum in Transfusion.loss and to
+the parts that it returns. In log.csv, a part "x" is the column loss_x. To add a task, write a class
+like those in data/tasks.py. To add a score, add it to the dict of scores that a task's `evaluate`
+returns, there.
 """
 
 import atexit
@@ -82,10 +83,12 @@ class Run:
     guidance_scale: float = 2.0  # classifier-free guidance in evaluations; 1 turns it off
 
     def __post_init__(self):
-        numbers = self.documents, self.batch_size, self.accumulate, self.evaluations
-        if min(*numbers, self.sample_steps) < 1 or min(self.eval_n, self.val_n) < 2:
-            raise ValueError("eval_n and val_n must be at least 2, and documents, batch_size, "
-                             "accumulate, evaluations and sample_steps at least 1")
+        if min(self.documents, self.batch_size, self.accumulate) < 1:
+            raise ValueError("documents, batch_size and accumulate must be at least 1")
+        if min(self.evaluations, self.sample_steps) < 1:
+            raise ValueError("evaluations and sample_steps must be at least 1")
+        if min(self.eval_n, self.val_n) < 2:
+            raise ValueError("eval_n and val_n must be at least 2")
         if self.steps < 0 or abs(self.seed) >= 2**63:
             raise ValueError("steps must be at least 0, and seed less than 2^63")
         if not 0 < self.caption_first <= 1 or not 0 <= self.unconditional_share < 1:
@@ -141,19 +144,20 @@ def build(kind, options):
 def main(argv=None):
     start_time = time.time()
 
-    # Options: those that are given, then those of the checkpoint or the task.
-    options = parse_options(argv)
-    task_name = options.get("task", "folder" if "data" in options else "shapes")
-    directory = Path(options.setdefault("run", default_directory(task_name, options)))
-    checkpoint = None
-    if "resume" in options or "eval_only" in options:
-        checkpoint = load_checkpoint(directory)
-        options = checkpoint["cfg"] | checkpoint["run"] | options
+    # Options. In a | b, those of b win.
+    given = parse_options(argv)
+    task_name = given.get("task", "folder" if "data" in given else "shapes")
+    directory = Path(given.setdefault("run", default_directory(task_name, given)))
+    of_task = TASKS[task_name].defaults | {"task": task_name}
+    loaded = None
+    if "resume" in given or "eval_only" in given:
+        loaded = load_checkpoint(directory)
+        options = loaded["cfg"] | loaded["run"] | given
+    elif "init" in given:
+        loaded = load_checkpoint(given["init"])
+        options = loaded["cfg"] | of_task | given
     else:
-        options = TASKS[task_name].defaults | {"task": task_name} | options
-        if "init" in options:  # start from the model of another run
-            checkpoint = load_checkpoint(options["init"])
-            options = checkpoint["cfg"] | options
+        options = of_task | given
     # From here on, only the first process prints.
     device, rank, n_processes = start_processes(options.get("device", Run.device))
     try:
@@ -161,32 +165,33 @@ def main(argv=None):
         task = TASKS[run.task](run, cfg.image_size)  # reads the folder, if there is one
     except ValueError as error:  # options that do not fit, or a folder that cannot be used
         sys.exit(str(error))
-
-    # Models.
-    torch.manual_seed(run.seed)  # in all processes, so that they start with the same model
     run.steps = run.steps or task.steps
-    words = checkpoint["words"] if checkpoint else task.words
-    tokenizer, model, vae = build_models(cfg, words, device, checkpoint)
-    ema = copy.deepcopy(model)  # the averaged weights: they are scored, and the best are kept
-    trained = Trained(ema, tokenizer, vae, run)
-    if "eval_only" in options:
+
+    # Models. A trained model keeps its vocabulary: it reads other words as bytes.
+    torch.manual_seed(run.seed)  # in all processes, so that they start with the same model
+    words = loaded["words"] if loaded else task.words
+    tokenizer, model, vae = build_models(cfg, words, device, loaded)
+    ema = copy.deepcopy(model)  # the averaged weights
+    trained = Trained(ema, tokenizer, vae, run)  # scores them, as they are at the time
+    if "eval_only" in given:
         if rank == 0:
-            write_scores(trained, task, directory, checkpoint)
+            write_scores(trained, task, directory, loaded)
         return
     micro_batch_size = divide_batch(run, n_processes)
     optimizers = make_optimizers(model, run)
     first_step, history, drawings, best = 0, [], [], None
-    if "resume" in options:
-        load_state(model, checkpoint["model"])
-        load_state(ema, checkpoint["ema"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+    if "resume" in given:
+        load_state(model, loaded["model"])  # the latest weights, not the best
+        load_state(ema, loaded["ema"])
+        for optimizer, state in zip(optimizers, loaded["optimizers"]):
             load_state(optimizer, state)
-        first_step, history = checkpoint["step"], checkpoint["history"]
-        drawings, best = checkpoint["drawings"], checkpoint["best"]
-        start_time -= 60 * checkpoint["minutes"]  # so that earlier minutes count
+        first_step, history = loaded["step"], loaded["history"]
+        drawings, best = loaded["drawings"], loaded["best"]
+        start_time -= 60 * loaded["minutes"]  # so that earlier minutes count
+        checkpoint = loaded  # until the next one is saved
     settings = {"cfg": asdict(cfg), "run": asdict(run)}
     if rank == 0:
-        if "resume" not in options:
+        if "resume" not in given:
             rename_earlier_run(directory)
         write_settings(directory, settings)
 
@@ -203,8 +208,8 @@ def main(argv=None):
     losses = []  # since the last evaluation
     bar = progress_bar(range(first_step, run.steps), "model")
     for step in bar:
-        # Its random numbers depend only on the seed, the step and the process, so a resumed run
-        # equals an undisturbed one.
+        # Each step has its own random numbers, so a resumed run equals an undisturbed one. (The
+        # hash of integers is always the same.)
         torch.manual_seed(hash((run.seed, step, rank)))
         for _ in range(run.accumulate):
             chosen = torch.randint(len(documents), (micro_batch_size,)).tolist()
@@ -226,8 +231,9 @@ def main(argv=None):
         update_average(ema, model, step)
 
         # Log, evaluate, save: in the first process only, with the losses of its last micro-batch.
+        # The others wait for it in the next call of average_gradients.
         if rank > 0:
-            continue  # to the next step, where average_gradients waits for the first process
+            continue
         steps_done = step + 1
         losses.append({f"loss_{k}": torch.as_tensor(part).item() for k, part in parts.items()})
         bar.set_postfix(losses[-1])
@@ -275,8 +281,8 @@ def update_average(ema, model, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 def average_gradients(model, n_processes):
-    """What DistributedDataParallel does, in its simplest form. Every parameter has a gradient: in a
-    batch without images, those of the patch encoder and decoder are zero.
+    """What DistributedDataParallel does, in its simplest form. Every parameter needs a gradient. In
+    a batch without images, those of the patch encoder and decoder are zero.
     """
     for p in model.parameters():
         dist.all_reduce(p.grad)

@@ -45,10 +45,10 @@ restores the paper's choice. `NOT STATED:` means that the paper does not say.
 
 The documents come from data/tasks.py. By default, 10 % of them are text only. The others are pairs
 of a caption and an image, and in half of the pairs the caption comes first. DEVIATION: the paper
-has the caption first in 80 % of the pairs (--caption-first 0.8). A tenth of the captions that come
-first are dropped. So the model also learns to generate images without text, for classifier-free
-guidance. With --task edit, almost half of the documents are edits, and a tenth of the instructions
-are dropped in the same way.
+has the caption first in 80 % of the pairs (--caption-first 0.8). When the caption comes first, it
+is dropped with probability 0.1. So the model also learns to generate images without text, for
+classifier-free guidance. With --task edit, 45 % of the documents are edits, and their instructions
+are dropped with the same probability.
 
 This is how the model is trained and used (train.py has the training loop):
 
@@ -100,9 +100,9 @@ class Config:
     qk_norm: bool = False  # normalise queries and keys
     bidirectional: bool = True  # the patches of an image see each other; off: causal attention only
     target: Literal["eps", "x0"] = "x0"  # what the model predicts: the noise or the clean image
-    t_power: float = 2.0  # t = u^(1 / t_power), u uniform: 1 is uniform, larger is more noise
+    t_power: float = 2.0  # density of t ~ t^(t_power - 1): 1 is uniform, larger has more noise
     patch_encoder: Literal["linear", "unet"] = "linear"  # and patch decoder
-    lambda_ddpm: float = 5.0  # weight of the diffusion loss: the paper's, though for eps
+    lambda_ddpm: float = 5.0  # weight of the diffusion loss; the paper has 5 for eps
     noise_cap: float = 0.5  # largest t, in training, of an image that is a condition
     image_size: int = 32  # pixels per side of a picture
     latent_size: int = 8  # height and width of the latents
@@ -210,7 +210,7 @@ def predicted_x0(xt, pred, t, target):
     If it predicts eps, q_sample is solved for x0:
         x0 = (x_t - sqrt(1 - ab) eps) / sqrt(ab), where ab is alpha_bar
     DEVIATION: the paper predicts eps (--target eps --t-power 1). At this size, predicting x0 needs
-    far fewer training steps (data/README.md): near t = 1, where x_t is almost eps, eps can be
+    far fewer training steps (data/README.md). Near t = 1, x_t is almost eps. So there, eps can be
     predicted without reading the text, but x0 cannot.
     """
     ab = alpha_bar(t)
@@ -219,13 +219,13 @@ def predicted_x0(xt, pred, t, target):
 def p_sample(xt, x0, t, t_next, eta):
     """One denoising step, from t to t_next < t, given the predicted x0.
 
-    x_t and the predicted x0 give eps: q_sample is solved for it. Then x0 is noised to level t_next.
-    DDIM (eta = 0) reuses this eps. DDPM's ancestral sampler (eta = 1) replaces part of it with
-    fresh noise z:
+    Given x_t and the predicted x0, q_sample is solved for eps. Then x0 and eps are combined again
+    at level t_next. DDIM (eta = 0) uses this eps alone. DDPM's ancestral sampler (eta = 1) replaces
+    part of it with fresh noise z, so that sigma^2 is the variance of q(x_next | x_t, x0):
         x_next = sqrt(ab_next) x0 + sqrt(1 - ab_next - sigma^2) eps + sigma z
         sigma = eta sqrt((1 - ab_next) / (1 - ab) * (1 - ab / ab_next))
-    The total variance of the noise is 1 - ab_next for every sigma. These are equations 12 and 16 of
-    the DDIM paper (arXiv 2010.02502). NOT STATED: the sampler of Transfusion.
+    These are equations 12 and 16 of the DDIM paper (arXiv 2010.02502). NOT STATED: the sampler of
+    Transfusion.
     """
     ab, ab_next = alpha_bar(t), alpha_bar(t_next)
     eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()
@@ -237,14 +237,14 @@ def p_sample(xt, x0, t, t_next, eta):
 def guide(conditional, unconditional, guidance_scale):
     """Classifier-free guidance: move a prediction away from the one made without the text.
 
-    A scale of 1 is no guidance. Whether x0 or eps is guided, x_next is the same. DEVIATION: the
-    default is 2; the paper uses 3, and 5 in the comparison with Chameleon (--guidance-scale). NOT
-    STATED: how often training drops the text (--unconditional-share 0.1).
+    A scale of 1 is no guidance. DEVIATION: the default is 2; the paper uses 3, and 5 in the
+    comparison with Chameleon (--guidance-scale). NOT STATED: how often training drops the text
+    (--unconditional-share 0.1).
     """
     return unconditional + guidance_scale * (conditional - unconditional)
 
 def without_text(documents):
-    """Documents for the unconditional prediction. Their images stay, such as one to edit."""
+    """Documents for the unconditional prediction. Images are kept, for example one to edit."""
     return [[item for item in document if not isinstance(item, int)] for document in documents]
 
 # ---- Transformer: Llama (RMSNorm, RoPE, SwiGLU, no biases) ---------------------------------------
@@ -422,9 +422,8 @@ class Transfusion(Llama):
         x = self.embed(tokens)  # (B, T, D)
         patches, skips = self.patch_encoder(xt, t)  # (M, grid, grid, D)
 
-        # So far, x has the same embedding for all patches, and that of their position in the grid.
-        # Add their content. x[is_patch] (M * N, D) goes row by row, and so does `pack` when it
-        # stacks images.
+        # So far, x at a patch is the embedding of PATCH plus that of the position in the grid. Add
+        # the encoded patch. x[is_patch] (M * N, D) is in reading order, like the images of `pack`.
         is_patch = tokens == PATCH
         x[is_patch] += patches.flatten(0, 2)
 
@@ -442,10 +441,10 @@ class Transfusion(Llama):
         tokens, x0 = pack(documents, cfg, self.device)
 
         t = noise_levels(torch.rand(len(x0), device=self.device), cfg)  # (M,), one for each image
-        # The noise cap (table 8) is for conditions: BOI comes right after BOS, and the token after
-        # EOI is not EOS. Every document ends with EOS, so there is always a token after EOI.
+        # The noise cap (table 8) is for conditions: images that begin the document (BOI is at
+        # position 1), but are not all of it (EOI is not followed by EOS).
         row, column = (tokens == BOI).nonzero(as_tuple=True)  # where each of the M images begins
-        after_eoi = tokens[row, column + cfg.n_patches + 2]  # BOI, N patches, EOI, this token
+        after_eoi = tokens[row, column + cfg.n_patches + 2]  # N patches and EOI come before it
         is_condition = (column == 1) & (after_eoi != EOS)
         # NOT STATED: the distribution of a capped t. Here it is uniform, whatever t_power is.
         t = torch.where(is_condition, cfg.noise_cap * torch.rand_like(t), t)
@@ -482,7 +481,8 @@ class Transfusion(Llama):
         """
         with_xt = [[*document, image] for document, image in zip(documents, xt)]
         tokens, images = pack(with_xt, self.cfg, self.device)
-        # With 1, 2 and 1 images in three documents, their last ones have the indices 0, 2 and 3.
+        # `pack` stacks the images of all documents. The index of a document's last image is the
+        # number of images up to there, minus 1.
         last = (tokens == BOI).sum(1).cumsum(0) - 1  # (B,)
         t_of_images = torch.zeros(len(images), device=self.device)
         t_of_images[last] = t
@@ -502,7 +502,7 @@ class Transfusion(Llama):
         for t, t_next in pairwise(times.split(1)):  # each (1,)
             conditional, unconditional = self.predict_x0(both, torch.cat([xt, xt]), t).chunk(2)
             x0 = guide(conditional, unconditional, guidance_scale)
-            x0 = x0.clamp(-5, 5)  # latents are rarely larger; x0 from eps is, near t = 1
+            x0 = x0.clamp(-5, 5)  # latents are rarely larger, but x0 from eps is, near t = 1
             xt = p_sample(xt, x0, t, t_next, eta)
             show(xt)
         return xt
@@ -512,8 +512,8 @@ class Transfusion(Llama):
 def next_logits(model, documents):
     """Logits (B, V) of the token after each document."""
     tokens, logits = model.logits(documents)
-    # `pack` ends every document with one EOS, finished or not. The position before it does not see
-    # it, and predicts the next token.
+    # `pack` ends every document with one EOS, also an unfinished one. The position before does not
+    # see this EOS. So its logits are those of the next token.
     is_before_eos = tokens[:, 1:] == EOS
     return logits[:, :-1][is_before_eos]
 
@@ -617,7 +617,7 @@ def encode(documents, tokenizer, vae):
     pictures = [torch.as_tensor(part) for part in parts if not isinstance(part, str)]
     images = []
     if pictures:
-        n = max(1, 2**19 // pictures[0].shape[0] ** 2)  # at a time, to bound memory: 512 of 32 x 32
+        n = max(1, 2**19 // pictures[0].shape[0] ** 2)  # batches to limit memory: 512 of 32 x 32
         for batch in torch.stack(pictures).split(n):
             images += vae.encode(batch)
     images = iter(images)
@@ -746,7 +746,12 @@ class UNetDown(nn.Module):
         return patches, (time, features)
 
 class UNetUp(nn.Module):
-    """The second half of the U-Net: from the transformer's output to a prediction (M, C, H, W)."""
+    """The second half of the U-Net: from the transformer's output to a prediction (M, C, H, W).
+
+    At each resolution, from that of the patches up to that of the latents, it joins the skip
+    connection, and applies a block and then a convolution. All convolutions but the last double the
+    resolution.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -784,15 +789,15 @@ class QuantisedVAE(VAE):
         # Each latent vector covers as many pixels as one of Transfusion's patches.
         super().__init__(replace(cfg, latent_size=cfg.grid, patch_size=1, latent_channels=CODE_DIM))
         self.n_text = n_text
-        place_values = CODE_LEVELS ** torch.arange(CODE_DIM)  # 1, 5, 25, 125
-        self.register_buffer("place_values", place_values[:, None, None])
+        powers = CODE_LEVELS ** torch.arange(CODE_DIM)  # 1, 5, 25, 125
+        self.register_buffer("powers", powers[:, None, None])
 
     def quantise(self, x):
         """Pictures (M, 3, S, S) -> integers (M, 4, grid, grid), as floats.
 
-        The value of z + error is z, rounded, but its gradient is that of z: a straight-through
-        estimator. In half of the training steps, uniform noise replaces the rounding error. Without
-        this noise, training sometimes fails.
+        Straight-through estimator: the forward pass rounds z, and the backward pass has the
+        gradient of z. In half of the training steps, uniform noise replaces the rounding error.
+        Without this noise, training sometimes fails.
         """
         mean, _ = self.posterior(x)
         z = mean.tanh() * (CODE_LEVELS // 2)  # from -2 to 2
@@ -810,13 +815,13 @@ class QuantisedVAE(VAE):
     def encode(self, pictures):
         """uint8 (M, S, S, 3) -> codes (M, N) int64."""
         digits = self.quantise(self.to_input(pictures)).round().long() + CODE_LEVELS // 2
-        return self.n_text + (digits * self.place_values).sum(1).flatten(1)
+        return self.n_text + (digits * self.powers).sum(1).flatten(1)
 
     def decode(self, codes):
         """Codes (M, N) -> uint8 (M, S, S, 3)."""
         grid = math.isqrt(codes.shape[1])
         codes = (codes - self.n_text).unflatten(1, (1, grid, grid))  # (M, 1, grid, grid)
-        digits = codes // self.place_values % CODE_LEVELS  # (M, 4, grid, grid)
+        digits = codes // self.powers % CODE_LEVELS  # (M, 4, grid, grid)
         return super().decode((digits - CODE_LEVELS // 2).float())
 
 class Chameleon(Llama):
@@ -857,7 +862,8 @@ class Chameleon(Llama):
         steps and eta are ignored, and `show` gets only the result.
         """
         both = documents + without_text(documents)  # 2B documents, for guidance
-        # BOI and codes are appended like text, so `pack` inserts no EOI before the image is done.
+        # BOI and codes are appended as ints, which `pack` copies. It would add EOI after a tensor,
+        # although the image is not complete.
         both = [[*document, BOI] for document in both]
         drawn = []
         for _ in range(self.cfg.n_patches):
