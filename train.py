@@ -301,7 +301,7 @@ def train_vae(vae, documents, steps, n_processes):
     pictures = [part for part in parts if not isinstance(part, str)]
     if not pictures or is_trained(vae):
         return
-    print(f"Training the VAE on {len(pictures)} pictures, {steps} steps.", flush=True)
+    print(f"Training the VAE, {steps} steps.", flush=True)
     pictures = torch.from_numpy(np.stack(pictures))
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.95), weight_decay=0)
     vae.train()

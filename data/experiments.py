@@ -29,7 +29,8 @@ DIRECTORY = Path("runs/experiments")
 SCORES = "draw_acc", "frechet", "caption_acc", "text_excess"  # the columns of all tables
 GOAL = 0.9  # of accuracies: the tables say how many documents a model needs to reach it
 
-# Options of train.py. The number of steps gives every run of a table about the same FLOPs.
+# Options of train.py. Each run changes one thing in the default. Unless it says otherwise, the
+# number of steps gives it about the default's FLOPs.
 RUNS = {
     "default": "",
     "chameleon": "--preset chameleon --steps 1944",
@@ -38,34 +39,26 @@ RUNS = {
     "no-cap": "--noise-cap 1",
     # As many passes over the documents as Transfusion makes.
     "text": "--task text --batch-size 82 --documents 41984",
+
+    "64-patches": "--patch-size 1 --steps 870",
+    "4-patches": "--patch-size 4 --steps 2890",
+    "64-unet": "--patch-size 1 --patch-encoder unet --steps 727",
+    "unet": "--patch-encoder unet --steps 1140",
+    "4-unet": "--patch-size 4 --patch-encoder unet --steps 996",
+    "unet-long": "--patch-encoder unet",
+
+    "eps": "--preset laptop-paper --sample-steps 50",
 }
 SCALES = 1, 3, 5  # of guidance, beside the default's 2
 for scale in SCALES:
     for name in ("default", "chameleon"):
         RUNS[f"{name}-guidance-{scale}"] = f"{RUNS[name]} --guidance-scale {scale}".strip()
-
-# Models of another width, with another sampler.
-SAMPLER = "--sample-steps 16 --eta 0"
-WIDE = f"--dim 96 --qk-norm --lr 3e-3 {SAMPLER}"
-TINY = f"--dim 32 --n-layers 2 --n-heads 2 --qk-norm --lr 3e-3 {SAMPLER}"
-EPS = "--dim 96 --qk-norm --lr 3e-3 --sample-steps 50 --eta 1 --target eps --t-power 1"
+TINY = "--dim 32 --n-layers 2 --n-heads 2"
 RUNS |= {
-    "tiny": f"{TINY} --steps 1300",
-    "tiny-chameleon": f"--preset chameleon {TINY} --lr 2e-3 --steps 862",
-    "tiny-text": f"{TINY} --steps 1300 --task text --documents 79872",
-
-    "wide": f"{WIDE} --steps 1300",
-    "unet": f"{WIDE} --steps 896 --patch-encoder unet",
-    "64-patches": f"{WIDE} --steps 491 --patch-size 1",
-    "64-unet": f"{WIDE} --steps 450 --patch-size 1 --patch-encoder unet",
-    "4-patches": f"{WIDE} --steps 1637 --patch-size 4",
-    "4-unet": f"{WIDE} --steps 888 --patch-size 4 --patch-encoder unet",
-
-    "x0-long": f"{WIDE} --steps 2600",
-    "eps": f"{EPS} --steps 2600",
-    "eps-unet": f"{EPS} --steps 1792 --patch-encoder unet",
-
-    # The paper's choices, at toy scale.
+    "tiny": TINY,
+    "tiny-chameleon": f"--preset chameleon {TINY} --steps 1524",
+    "tiny-text": f"{RUNS['text']} {TINY}",
+    # The paper's choices, in a larger model.
     "paper-unet": "--preset laptop-paper --dim 96 --n-layers 6 --lr 3e-3 --caption-first 0.8 "
                   "--patch-encoder unet --steps 3000 --guidance-scale 3 --sample-steps 250",
 }
@@ -81,7 +74,7 @@ TABLES = {
         {
             "Transfusion": ("default", "FID 16.8, CIDEr 27.2, C4 7.72 (7B)"),
             "Chameleon": ("chameleon", "FID 29.6, CIDEr 18.0, C4 8.41 (7B)"),
-            "Transfusion, short": ("short", ""),
+            "Transfusion, 0.4 FLOPs": ("short", ""),
         },
     ),
     "guidance": Table(
@@ -124,20 +117,20 @@ TABLES = {
     "patches": Table(
         "Elements per image (the paper's table 6)",
         {
-            "16 elements, linear": ("wide", "256: FID 20.3, CIDEr 16.0 (0.76B)"),
+            "16 elements, linear": ("default", "256: FID 20.3, CIDEr 16.0 (0.76B)"),
             "64 elements, linear": ("64-patches", "1024: FID 21.0, CIDEr 12.0"),
             "4 elements, linear": ("4-patches", "64: FID 25.6, CIDEr 14.3"),
             "64 elements, U-Net": ("64-unet", ""),
             "16 elements, U-Net": ("unet", "256: FID 16.7, CIDEr 25.4"),
             "4 elements, U-Net": ("4-unet", "64: FID 16.0, CIDEr 29.9"),
+            "16 elements, U-Net, long": ("unet-long", ""),
         },
     ),
     "target": Table(
-        "Targets and patch encoders, twice the FLOPs (the paper's target is eps)",
+        "The target (the paper's is eps)",
         {
-            "x0, linear": ("x0-long", ""),
-            "eps, linear": ("eps", "FID 20.3, CIDEr 16.0 (0.76B)"),
-            "eps, U-Net": ("eps-unet", "FID 16.7, CIDEr 25.4"),
+            "x0": ("default", ""),
+            "eps": ("eps", "FID 20.3, CIDEr 16.0 (0.76B)"),
         },
     ),
     "recipe": Table(
@@ -216,26 +209,26 @@ def p_value(a, b):
 
 def mean_and_spread(values, reference):
     """"0.985 ± 0.004 *": mean, standard deviation, and whether it differs from the reference."""
-    digits = 3 if np.mean(values) < 10 else 1
+    digits = 3 if abs(np.mean(values)) < 10 else 1
     mean = f"{np.mean(values):.{digits}f}"
     if len(values) == 1:
         return mean
     mark = " *" if p_value(values, reference) < 0.05 else ""
     return f"{mean} ± {np.std(values, ddof=1):.{digits}f}{mark}"
 
-def x_at(goal, xs, ys):
-    """The first x at which a curve reaches the goal, interpolated linearly, or None."""
-    reached = [i for i, y in enumerate(ys) if y >= goal]
-    if not reached:
-        return None
-    i = reached[0]
-    return xs[0] if i == 0 else np.interp(goal, ys[i - 1 : i + 1], xs[i - 1 : i + 1])
-
 def documents_to_goal(found, score):
-    """Thousands of training documents until a score reaches GOAL, on validation: the mean."""
-    curves = [result["curves"] for result in found]
-    counts = [x_at(GOAL, curve["documents"], curve[score]) for curve in curves]
-    return "not reached" if None in counts else f"{np.mean(counts) / 1000:.0f}"
+    """Thousands of training documents until a score reaches GOAL on validation, interpolated: the
+    mean over the seeds.
+    """
+    counts = []
+    for result in found:
+        documents, values = result["curves"]["documents"], result["curves"][score]
+        reached = [i for i, value in enumerate(values) if value >= GOAL]
+        if not reached:
+            return "not reached"
+        around = slice(max(0, reached[0] - 1), reached[0] + 1)  # the evaluation before, and this
+        counts.append(np.interp(GOAL, values[around], documents[around]))
+    return f"{np.mean(counts) / 1000:.0f}"
 
 def table_of(table, results):
     """A table as Markdown. Rows without results are left out."""
@@ -257,21 +250,6 @@ def table_of(table, results):
     goals = [f"documents to draw_acc {GOAL}", f"to caption_acc {GOAL}"]
     header = ["", "run", *SCORES, *goals, "FLOPs / 10^12", "seeds", "the paper"]
     return markdown(header, rows) if rows else "no results yet"
-
-def mean_curve(results, run, column):
-    """A column of log.csv, or "flops": the mean over the seeds of a run."""
-    return np.mean([result["curves"][column] for result in results_of(results, run)], axis=0)
-
-def parity(results, run, baseline, score):
-    """The share of the baseline's FLOPs at which the run reaches the baseline's final score, as
-    text. It is read from the mean curves, on validation, by linear interpolation.
-    """
-    flops, values = (mean_curve(results, run, column) for column in ("flops", score))
-    baseline_flops = mean_curve(results, baseline, "flops")
-    baseline_values = mean_curve(results, baseline, score)
-    sign = 1 if score.endswith("_acc") else -1  # for a distance, lower is better
-    reached = x_at(sign * baseline_values[-1], flops, sign * values)
-    return "not reached" if reached is None else f"{reached / baseline_flops[-1]:.2f}"
 
 def draw_curves(table, results, score):
     """A Pillow image: the score of each seed against FLOPs; None without results."""
@@ -311,10 +289,6 @@ def main(argv=None):
             curves = draw_curves(table, results, score)
             if curves:
                 curves.save(DIRECTORY / f"{name}-{score}.png")
-    if "models" in tables and results_of(results, "chameleon") and results_of(results, "default"):
-        for score in ("draw_acc", "frechet", "caption_acc"):
-            share = parity(results, "default", "chameleon", score)
-            print(f"Share of Chameleon's FLOPs that reaches its final {score}: {share}")
 
 if __name__ == "__main__":
     main()

@@ -40,23 +40,6 @@ def test_differences_have_the_p_value_of_welch():
     assert experiments.mean_and_spread(b, [1.0, 0.99, 1.0, 0.99, 0.98]).endswith(" *")
     assert not experiments.mean_and_spread(a, [1.0, 0.98, 1.0, 0.97, 0.98]).endswith(" *")
 
-def test_parity_is_the_share_of_flops_at_which_the_baseline_is_reached(monkeypatch):
-    monkeypatch.setattr(experiments, "RUNS", {"ours": "", "baseline": ""})
-
-    def result(flops, draw_acc, frechet):
-        curves = {"flops": flops, "draw_acc": draw_acc, "frechet": frechet}
-        return {"options": "", "curves": curves}
-    results = {
-        "ours-0": result([2, 4, 6], [0.1, 0.5, 0.9], [3, 2, 2.5]),
-        "ours-1": result([2, 4, 6], [0.3, 0.7, 0.9], [3, 2, 2.5]),
-        "baseline-0": result([4, 8], [0.1, 0.4], [2, 1]),
-    }
-    # The mean rises from 0.2 at 2 FLOPs to 0.6 at 4, so it is 0.4 at 3 of the baseline's 8.
-    assert float(experiments.parity(results, "ours", "baseline", "draw_acc")) == pytest.approx(0.38)
-    assert experiments.parity(results, "ours", "baseline", "frechet") == "not reached"
-    # The first evaluation, at 4 FLOPs of 6, is better already.
-    assert experiments.parity(results, "baseline", "ours", "frechet") == "0.67"
-
 def test_runs_are_compared_in_a_table_and_a_picture(trained):
     printed = call(compare.main, trained[0], trained[0])
     assert printed.count(f"{metrics_of(trained[0])['scores']['text_ppl'][0]:.3f}") == 2
