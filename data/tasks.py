@@ -178,6 +178,7 @@ class Edit(Shapes):
     # The picture to edit is not very noisy, as it is clean in sampling. Enough documents begin with
     # a picture and its caption that a picture alone is still captioned. The LM loss of
     # instructions, which cannot be predicted, would otherwise outweigh the diffusion loss.
+    # DEVIATION: the paper's weight is 5, and its cap 0.5 (--lambda-ddpm 5 --noise-cap 0.5).
     defaults = {
         "documents": 16384, "batch_size": 32, "caption_first": 0.3, "t_power": 4.0,
         "noise_cap": 0.3, "lambda_ddpm": 20.0, "lr": 5e-3,
@@ -222,7 +223,7 @@ class Folder:
 
     # Real pictures have more detail than the toy world's. Captions are learned by heart soon, so
     # the diffusion loss needs more weight. And the held-out loss, which decides what weights are
-    # kept, needs more examples.
+    # kept, needs more examples. DEVIATION: the paper's weight is 5 (--lambda-ddpm 5).
     defaults = {"latent_channels": 8, "lambda_ddpm": 20.0, "val_n": 128}
     passes = 60  # how often each picture is seen
 
