@@ -29,8 +29,8 @@ DIRECTORY = Path("runs/experiments")
 SCORES = "draw_acc", "frechet", "caption_acc", "text_excess"  # the columns of all tables
 GOAL = 0.9  # of accuracies: the tables say how many documents a model needs to reach it
 
-# Options of train.py. Each run changes one thing in the default. Unless it says otherwise, the
-# number of steps gives it about the default's FLOPs.
+# Options of train.py. All runs but the last vary the default. The number of steps gives them about
+# the default's FLOPs, except for short, unet-long and the tiny ones.
 RUNS = {
     "default": "",
     "chameleon": "--preset chameleon --steps 1944",

@@ -73,6 +73,8 @@ def assert_same_training(directory, other):
     one, two = checkpoint_of(directory), checkpoint_of(other)
     for name in ("step", "model", "ema", "vae", "optimizers"):
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=0)
+    assert one["drawings"][-1].equal(two["drawings"][-1])
+    assert len(one["drawings"]) == len(one["history"])
     assert metrics_of(directory)["scores"] == metrics_of(other)["scores"]
 
 # ---- A whole run ---------------------------------------------------------------------------------
