@@ -83,10 +83,9 @@ class Run:
     guidance_scale: float = 2.0  # classifier-free guidance in evaluations; 1 turns it off
 
     def __post_init__(self):
-        if min(self.documents, self.batch_size, self.accumulate) < 1:
-            raise ValueError("documents, batch_size and accumulate must be at least 1")
-        if min(self.evaluations, self.sample_steps) < 1:
-            raise ValueError("evaluations and sample_steps must be at least 1")
+        for name in ("documents", "batch_size", "accumulate", "evaluations", "sample_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
         if min(self.eval_n, self.val_n) < 2:
             raise ValueError("eval_n and val_n must be at least 2")
         if self.steps < 0 or abs(self.seed) >= 2**63:
@@ -309,8 +308,6 @@ def train_vae(vae, documents, steps, n_processes):
     for step in bar:
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak=2e-3)
         loss = vae.loss(pictures[torch.randint(len(pictures), (16,))])
-        if not torch.isfinite(loss):
-            sys.exit(f"Stopped: the loss of the VAE is {loss} at step {step + 1}.")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
