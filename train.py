@@ -9,19 +9,19 @@
 
 The output directory (--run) gets ckpt.pt, log.csv, progress.png (a row of drawings for each
 evaluation), figure.png (the attention mask, and drawings of held-out captions), metrics.json, and
-run.json with all settings. Ctrl-C, while the model trains, evaluates the model, saves a checkpoint
-and stops. --resume continues from there.
+run.json with all settings. While the model trains, Ctrl-C finishes the step, evaluates, saves a
+checkpoint and stops. --resume continues from there.
 
-Options come from these sources. If several have the same option, the last one wins:
-    a new run                 the defaults below, those of the task, --preset, the command line
-    --init                    the same, and after the defaults below, the checkpoint's Config
-    --resume, --eval-only     the checkpoint, --preset, the command line
+Options come from these sources. Each source overrides those to its left:
+    a new run                the defaults below, the task, --preset, the command line
+    --init                   the same, but with the checkpoint's Config as the model's defaults
+    --resume, --eval-only    the checkpoint, --preset, the command line
 
-To add an option, add a field to Config, if it describes the model, or else to Run, with its help as
-a comment on the same line. To add a part of the loss, add it to the sum in Transfusion.loss and to
-the parts that it returns. In log.csv, a part "x" is the column loss_x. To add a task, write a class
-like those in data/tasks.py. To add a score, add it to the dict of scores that a task's `evaluate`
-returns, there.
+To add an option, add a field, with its help as a comment on the same line: to Config in
+transfusion.py if it describes the model, and to Run below if not. To add a part of the loss, add it
+to the sum in Transfusion.loss and to the parts that it returns. A part "x" appears in log.csv as
+the column loss_x. To add a task, write a class like those in data/tasks.py, and add it to TASKS. To
+add a score, add it to the dict of scores that the `evaluate` of a task returns.
 """
 
 import atexit
@@ -56,7 +56,7 @@ from transfusion import VAE, Chameleon, Config, QuantisedVAE, Tokenizer, Transfu
 
 @dataclass
 class Run:
-    """All options but those of the model. Each field is one, and its comment is the help."""
+    """All options but those of the model. The comment of each field is its help text."""
     run: str = ""  # output directory [runs/NAME: the task, the folder of --data, or chameleon]
     task: Literal[tuple(TASKS)] = ""  # what to train on [shapes, or folder with --data]
     data: str = ""  # folder of your own pictures with captions
@@ -109,7 +109,7 @@ PRESETS = {
 }
 
 def parse_options(argv):
-    """A dict of the options that are given, or that belong to the preset, and of no others."""
+    """A dict of only those options that are on the command line or in the preset."""
     parser = ArgumentParser(
         description=__doc__, formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS
     )
@@ -118,25 +118,26 @@ def parse_options(argv):
                         help="continue the run in --run; --steps sets a new end")
     parser.add_argument("--eval-only", action="store_true",
                         help="only score the checkpoint in --run")
-    for kind in (Config, Run):
-        lines = inspect.getsource(kind).splitlines()
+    for cls in (Config, Run):
+        # The line of a field is "name: type = default  # help".
+        lines = inspect.getsource(cls).splitlines()
         comments = {line.split(":")[0].strip(): line.partition("  # ")[2] for line in lines}
-        for f in fields(kind):
-            text = comments[f.name].replace("%", "%%")
+        for f in fields(cls):
+            text = comments[f.name].replace("%", "%%")  # argparse formats %
             if f.default != "":
                 text += f" [{f.default}]"
-            choices = get_args(f.type)  # of Literal
+            choices = get_args(f.type)  # empty if the type is not a Literal
             if f.type is bool:
-                kind_of_value = {"action": BooleanOptionalAction}
+                kwargs = {"action": BooleanOptionalAction}
             else:
-                kind_of_value = {"choices": choices} if choices else {"type": f.type}
-            parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind_of_value)
+                kwargs = {"choices": choices} if choices else {"type": f.type}
+            parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kwargs)
     given = vars(parser.parse_args(argv))
     return PRESETS.get(given.get("preset"), {}) | given
 
-def build(kind, options):
+def build(cls, options):
     """A Config or a Run from the options that are fields of it."""
-    return kind(**{f.name: options[f.name] for f in fields(kind) if f.name in options})
+    return cls(**{f.name: options[f.name] for f in fields(cls) if f.name in options})
 
 # ---- The run -------------------------------------------------------------------------------------
 
@@ -144,12 +145,13 @@ def main(argv=None):
     start_time = time.time()
 
     # Options. In a | b, those of b win.
-    given = parse_options(argv)
+    given = parse_options(argv)  # the command line and --preset
     task_name = given.get("task", "folder" if "data" in given else "shapes")
-    directory = Path(given.setdefault("run", default_directory(task_name, given)))
+    given.setdefault("run", default_directory(task_name, given))
+    directory = Path(given["run"])
     of_task = TASKS[task_name].defaults | {"task": task_name}
     loaded = None
-    if "resume" in given or "eval_only" in given:
+    if "resume" in given or "eval_only" in given:  # the task is that of the checkpoint
         loaded = load_checkpoint(directory)
         options = loaded["cfg"] | loaded["run"] | given
     elif "init" in given:
@@ -166,12 +168,14 @@ def main(argv=None):
         sys.exit(str(error))
     run.steps = run.steps or task.steps
 
-    # Models. A trained model keeps its vocabulary: it reads other words as bytes.
+    # Models. A trained model keeps its vocabulary, and reads other words as bytes.
     torch.manual_seed(run.seed)  # in all processes, so that they start with the same model
     words = loaded["words"] if loaded else task.words
     tokenizer, model, vae = build_models(cfg, words, device, loaded)
-    ema = copy.deepcopy(model)  # the averaged weights
-    trained = Trained(ema, tokenizer, vae, run)  # scores them, as they are at the time
+    # There are three sets of weights: those that are trained (model), their average, which is
+    # scored (ema), and a copy of the average from the best evaluation (best).
+    ema = copy.deepcopy(model)
+    trained = Trained(ema, tokenizer, vae, run)  # always has the current average
     if "eval_only" in given:
         if rank == 0:
             write_scores(trained, task, directory, loaded)
@@ -187,7 +191,7 @@ def main(argv=None):
         first_step, history = loaded["step"], loaded["history"]
         drawings, best = loaded["drawings"], loaded["best"]
         start_time -= 60 * loaded["minutes"]  # so that earlier minutes count
-        checkpoint = loaded  # until the next one is saved
+        checkpoint = loaded  # in case no step remains
     settings = {"cfg": asdict(cfg), "run": asdict(run)}
     if rank == 0:
         if "resume" not in given:
@@ -202,13 +206,13 @@ def main(argv=None):
     # Training. The loop begins with the training step.
     eval_every = math.ceil(run.steps / run.evaluations)
     flops_per_step = run.batch_size * flops_per_document(model, documents)
-    interrupted = Event()  # from here on, Ctrl-C only sets it
+    interrupted = Event()  # from here on, Ctrl-C sets this flag, and the loop checks it
     signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     losses = []  # since the last evaluation
     bar = progress_bar(range(first_step, run.steps), "model")
     for step in bar:
-        # Each step has its own random numbers, so a resumed run equals an undisturbed one. (The
-        # hash of integers is always the same.)
+        # Each step has its own random numbers, so a resumed run takes the same steps as one without
+        # an interruption. (The hash of integers is always the same.)
         torch.manual_seed(hash((run.seed, step, rank)))
         for _ in range(run.accumulate):
             chosen = torch.randint(len(documents), (micro_batch_size,)).tolist()
@@ -229,8 +233,8 @@ def main(argv=None):
             optimizer.zero_grad()
         update_average(ema, model, step)
 
-        # Log, evaluate, save: in the first process only, with the losses of its last micro-batch.
-        # The others wait for it in the next call of average_gradients.
+        # Only the first process logs, evaluates and saves. Meanwhile, the others wait in their next
+        # call of average_gradients. What is logged are the losses of its last micro-batch.
         if rank > 0:
             continue
         steps_done = step + 1
@@ -280,8 +284,8 @@ def update_average(ema, model, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 def average_gradients(model, n_processes):
-    """What DistributedDataParallel does, in its simplest form. Every parameter needs a gradient. In
-    a batch without images, those of the patch encoder and decoder are zero.
+    """What DistributedDataParallel does, in its simplest form. Every parameter needs a gradient,
+    even if it is zero, like that of the patch encoder in a batch without images.
     """
     for p in model.parameters():
         dist.all_reduce(p.grad)
@@ -318,7 +322,7 @@ def train_vae(vae, documents, steps, n_processes):
             dist.broadcast(tensor, src=0)
 
 def is_trained(vae):
-    """Its BatchNorm has counted the training steps."""
+    """A BatchNorm counts the training steps."""
     return vae.normalise.num_batches_tracked > 0
 
 @torch.no_grad()
@@ -334,9 +338,9 @@ def flops_per_document(model, documents):
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024): momentum whose updates are made nearly orthogonal.
 
-    The same as torch.optim.Muon(adjust_lr_fn="match_rms_adamw", ns_steps=3), but in fp32 and for
-    all matrices of a group at once, which is several times as fast on a CPU. They need the same
-    shape. main sets the learning rate before each step.
+    The same as torch.optim.Muon(adjust_lr_fn="match_rms_adamw", ns_steps=3), but in fp32, and with
+    the matrices of a group, which have the same shape, stacked into one tensor. This is several
+    times as fast on a CPU. main sets the learning rate before each step.
     """
 
     @torch.no_grad()
@@ -344,11 +348,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             momentum = group["momentum"]
             grad = torch.stack([p.grad for p in group["params"]])  # (matrices, rows, columns)
-            state = self.state[group["params"][0]]  # one for the whole group
+            state = self.state[group["params"][0]]  # that of the whole group
             if not state:
                 state["momentum"] = torch.zeros_like(grad)
             state["momentum"].lerp_(grad, 1 - momentum)
-            updates = orthogonalise(grad.lerp(state["momentum"], momentum))  # Nesterov
+            nesterov = grad.lerp(state["momentum"], momentum)
+            updates = orthogonalise(nesterov)
             scale = 0.2 * max(grad.shape[1:]) ** 0.5  # matches the RMS of AdamW's update
             for p, update in zip(group["params"], updates):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -359,7 +364,7 @@ def orthogonalise(x, steps=3):
     coefficients are those of Jordan et al.
     """
     if x.shape[1] > x.shape[2]:
-        return orthogonalise(x.mT, steps).mT  # the products below are smaller this way
+        return orthogonalise(x.mT, steps).mT  # makes x @ x.mT the smaller of the two products
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         xx = x @ x.mT
@@ -367,7 +372,7 @@ def orthogonalise(x, steps=3):
     return x
 
 def make_optimizers(model, run):
-    """Muon for the matrices of the transformer, AdamW for the rest. Vectors do not decay."""
+    """Muon for the matrices of the transformer, AdamW for the rest. No weight decay for vectors."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     muon = matrices if run.optimizer == "muon" else []
     taken = set(map(id, muon))
@@ -428,7 +433,7 @@ def build_models(cfg, words, device, checkpoint=None):
     return tokenizer, model.to(device), vae.to(device).eval()
 
 def load_state(thing, state):
-    """Load the state of a model or an optimizer from a checkpoint."""
+    """Load the state of a model or an optimiser from a checkpoint."""
     try:
         thing.load_state_dict(state)
     except (RuntimeError, ValueError) as error:  # it says which keys and shapes differ

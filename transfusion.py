@@ -9,8 +9,8 @@ and EOI (beginning and end of image) surround each image. Attention is causal, e
 patches of one image all see each other. To generate, the model writes text until it predicts BOI.
 Then it denoises an image, and continues with text.
 
-In this file, an "image" is what the transformer reads and generates: latents. A "picture" consists
-of pixels.
+In this file, an "image" is what the transformer reads and generates: latents. A "picture" is in
+pixels.
 
 Here are three training documents, with images of two patches. The row "predicts" shows the target
 of the LM loss at each position, or "-" where there is none. The row "t" shows the range of the
@@ -174,7 +174,7 @@ def attention_mask(tokens, bidirectional):
     T = tokens.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
     is_patch = tokens == PATCH
-    image = (tokens == BOI).cumsum(1)  # the patches of the first image have 1, of the second 2, ...
+    image = (tokens == BOI).cumsum(1)  # 1 at the patches of the first image, 2 at the second's, ...
     same_image = image[:, :, None] == image[:, None, :]
     both_patches = is_patch[:, :, None] & is_patch[:, None, :]
     return (causal | (same_image & both_patches & bidirectional))[:, None]
@@ -182,11 +182,12 @@ def attention_mask(tokens, bidirectional):
 # ---- Diffusion -----------------------------------------------------------------------------------
 
 def noise_levels(u, cfg):
-    """Uniform numbers u in [0, 1] -> noise levels t.
+    """Numbers u in [0, 1] -> noise levels t.
 
-    In training, u is random. In sampling, u falls from 1 to 0 in equal steps. NOT STATED: the
-    distribution of t. DDPM's is uniform (--t-power 1). The default here, t = sqrt(u), spends more
-    of training and sampling at high noise, where the text decides what the image shows.
+    In training, u is random and uniform. In sampling, u falls from 1 to 0 in equal steps. NOT
+    STATED: the distribution of t. DDPM's is uniform (--t-power 1). The default here is t = sqrt(u):
+    in three quarters of training and sampling, t is more than 0.5. At such high noise, the text
+    decides what the image shows.
     """
     return u ** (1 / cfg.t_power)
 
@@ -219,13 +220,15 @@ def predicted_x0(xt, pred, t, target):
 def p_sample(xt, x0, t, t_next, eta):
     """One denoising step, from t to t_next < t, given the predicted x0.
 
-    Given x_t and the predicted x0, q_sample is solved for eps. Then x0 and eps are combined again
-    at level t_next. DDIM (eta = 0) uses this eps alone. DDPM's ancestral sampler (eta = 1) replaces
-    part of it with fresh noise z, so that sigma^2 is the variance of q(x_next | x_t, x0):
+    First, q_sample is solved for the noise in x_t:
+        eps = (x_t - sqrt(ab) x0) / sqrt(1 - ab)
+    Then x0 is noised again, to the lower level t_next:
         x_next = sqrt(ab_next) x0 + sqrt(1 - ab_next - sigma^2) eps + sigma z
         sigma = eta sqrt((1 - ab_next) / (1 - ab) * (1 - ab / ab_next))
-    These are equations 12 and 16 of the DDIM paper (arXiv 2010.02502). NOT STATED: the sampler of
-    Transfusion.
+    With eta = 0 (DDIM), the noise is the same: this is q_sample(x0, eps, t_next). With eta = 1
+    (DDPM's ancestral sampler), part of it is replaced with fresh noise z ~ N(0, 1). The variances
+    of the two parts always add up to 1 - ab_next. These are equations 12 and 16 of the DDIM paper
+    (arXiv 2010.02502). NOT STATED: the sampler of Transfusion.
     """
     ab, ab_next = alpha_bar(t), alpha_bar(t_next)
     eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()
@@ -237,14 +240,15 @@ def p_sample(xt, x0, t, t_next, eta):
 def guide(conditional, unconditional, guidance_scale):
     """Classifier-free guidance: move a prediction away from the one made without the text.
 
-    A scale of 1 is no guidance. DEVIATION: the default is 2; the paper uses 3, and 5 in the
+    A scale of 1 is no guidance. Guiding x0 has the same effect as guiding eps, since x0 is linear
+    in eps. DEVIATION: the default is 2; the paper uses 3, and 5 in the
     comparison with Chameleon (--guidance-scale). NOT STATED: how often training drops the text
     (--unconditional-share 0.1).
     """
     return unconditional + guidance_scale * (conditional - unconditional)
 
 def without_text(documents):
-    """Documents for the unconditional prediction. Images are kept, for example one to edit."""
+    """Documents for the unconditional prediction. They keep their images, such as one to edit."""
     return [[item for item in document if not isinstance(item, int)] for document in documents]
 
 # ---- Transformer: Llama (RMSNorm, RoPE, SwiGLU, no biases) ---------------------------------------
@@ -289,7 +293,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        hidden = 32 * round(cfg.dim / 12)  # 8/3 D, rounded to a multiple of 32
+        hidden = 32 * round(8 / 3 * cfg.dim / 32)  # 8/3 D, rounded to a multiple of 32
         self.w1 = nn.Linear(cfg.dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, cfg.dim, bias=False)
         self.w3 = nn.Linear(cfg.dim, hidden, bias=False)
@@ -333,7 +337,7 @@ class Llama(nn.Module):
     def embed(self, tokens):
         """Tokens (B, T) -> embeddings (B, T, D)."""
         is_patch = (tokens == PATCH) | (tokens >= self.n_text)  # the latter are Chameleon's codes
-        # 0 to N - 1 in each image, as all images have N patches. At text, it is not used.
+        # 0 to N - 1 in each image, as all images have N patches. It has no effect on text.
         position = (is_patch.cumsum(1) - 1) % self.cfg.n_patches
         x = self.token_embedding(tokens)
         return x + is_patch[:, :, None] * self.patch_position[position]
@@ -349,7 +353,7 @@ def init_weights(model):
 
     This includes the patch encoder and decoder: with PyTorch's own initialisation of them, training
     takes noticeably longer. As in DiT, the last layer of the patch decoder is zero. Norms and
-    biases keep PyTorch's.
+    biases keep PyTorch's initialisation.
     """
     for name, p in model.named_parameters():
         if name.startswith("patch_decoder.last"):
@@ -446,7 +450,7 @@ class Transfusion(Llama):
         row, column = (tokens == BOI).nonzero(as_tuple=True)  # where each of the M images begins
         after_eoi = tokens[row, column + cfg.n_patches + 2]  # N patches and EOI come before it
         is_condition = (column == 1) & (after_eoi != EOS)
-        # NOT STATED: the distribution of a capped t. Here it is uniform, whatever t_power is.
+        # NOT STATED: the distribution of t under the cap. Here it is uniform, whatever t_power is.
         t = torch.where(is_condition, cfg.noise_cap * torch.rand_like(t), t)
 
         eps = torch.randn_like(x0)
@@ -476,13 +480,12 @@ class Transfusion(Llama):
     def predict_x0(self, documents, xt, t):
         """Append xt[i] to document i, and predict its x0: (B, C, H, W) -> (B, C, H, W).
 
-        All images in xt have noise level t (1,). Earlier images of the documents are clean, and
-        their predictions are not used.
+        All images in xt have noise level t (1,). Earlier images of the documents are clean.
         """
         with_xt = [[*document, image] for document, image in zip(documents, xt)]
         tokens, images = pack(with_xt, self.cfg, self.device)
-        # `pack` stacks the images of all documents. The index of a document's last image is the
-        # number of images up to there, minus 1.
+        # `images` has those of the first document, then those of the second, and so on. Each xt[i]
+        # is the last of its document: if they have 1, 2 and 1 images, at index 0, 2 and 3.
         last = (tokens == BOI).sum(1).cumsum(0) - 1  # (B,)
         t_of_images = torch.zeros(len(images), device=self.device)
         t_of_images[last] = t
@@ -495,14 +498,16 @@ class Transfusion(Llama):
         Each step runs the model on the whole sequence, which is too short for a cache to pay off.
         DEVIATION: the paper uses 250 steps; here the default is 50 (--steps).
         """
-        both = documents + without_text(documents)  # 2B documents, for guidance, with the same xt
+        both = documents + without_text(documents)  # 2B documents: each xt is denoised twice
         xt = torch.randn(len(documents), *self.cfg.latent_shape, device=self.device)
         # NOT STATED: the noise levels of the steps. Here they are spaced as in training.
         times = noise_levels(torch.linspace(1, 0, steps + 1, device=self.device), self.cfg)
         for t, t_next in pairwise(times.split(1)):  # each (1,)
             conditional, unconditional = self.predict_x0(both, torch.cat([xt, xt]), t).chunk(2)
             x0 = guide(conditional, unconditional, guidance_scale)
-            x0 = x0.clamp(-5, 5)  # latents are rarely larger, but x0 from eps is, near t = 1
+            # Latents are rarely beyond 5. But near t = 1, predicted_x0 divides the error of a
+            # predicted eps by a number near 0.
+            x0 = x0.clamp(-5, 5)
             xt = p_sample(xt, x0, t, t_next, eta)
             show(xt)
         return xt
@@ -512,8 +517,8 @@ class Transfusion(Llama):
 def next_logits(model, documents):
     """Logits (B, V) of the token after each document."""
     tokens, logits = model.logits(documents)
-    # `pack` ends every document with one EOS, also an unfinished one. The position before does not
-    # see this EOS. So its logits are those of the next token.
+    # `pack` ends every document with EOS, even an unfinished one. The position before it does not
+    # see it, so the logits there are those of the next token.
     is_before_eos = tokens[:, 1:] == EOS
     return logits[:, :-1][is_before_eos]
 
@@ -556,7 +561,7 @@ def generate(
 
     The model itself switches to diffusion mode, by predicting BOI. After the image, `pack` inserts
     EOI, and LM mode continues. A document is finished when the model predicts EOS, has written
-    max_tokens since the last image, or predicts BOI after max_images new images.
+    max_tokens tokens in a row, or predicts BOI after max_images new images.
     """
     documents = [list(document) for document in documents]  # copies, which are extended in place
     unfinished = documents
@@ -617,7 +622,7 @@ def encode(documents, tokenizer, vae):
     pictures = [torch.as_tensor(part) for part in parts if not isinstance(part, str)]
     images = []
     if pictures:
-        n = max(1, 2**19 // pictures[0].shape[0] ** 2)  # batches to limit memory: 512 of 32 x 32
+        n = max(1, 2**19 // pictures[0].shape[0] ** 2)  # limits memory: 512 pictures of 32 x 32
         for batch in torch.stack(pictures).split(n):
             images += vae.encode(batch)
     images = iter(images)
@@ -658,8 +663,8 @@ class VAE(nn.Module):
             *up,
         )
         # The noise schedule assumes latents of mean 0 and variance 1. So the posterior means are
-        # normalised, and the decoder learns to decode them in this form. vae.eval() freezes the
-        # statistics. NOT STATED: how the paper scales its latents.
+        # normalised, and the decoder and log_var refer to latents in this form. vae.eval() freezes
+        # the statistics. NOT STATED: how the paper scales its latents.
         self.normalise = nn.BatchNorm2d(cfg.latent_channels, affine=False)
 
     def to_input(self, pictures):
@@ -724,7 +729,7 @@ class UNetDown(nn.Module):
     """The first half of a U-Net. In the paper, U-Net patches are better than linear ones (table 5).
 
     Convolutions mix neighbouring patches. Skip connections bypass the transformer: they carry the
-    features of every resolution, and the embedding of t, to the second half.
+    features of every resolution to the second half, which also gets the embedding of t.
     """
 
     def __init__(self, cfg):
@@ -748,7 +753,7 @@ class UNetDown(nn.Module):
 class UNetUp(nn.Module):
     """The second half of the U-Net: from the transformer's output to a prediction (M, C, H, W).
 
-    At each resolution, from that of the patches up to that of the latents, it joins the skip
+    At each resolution, from that of the patches up to that of the latents, it concatenates the skip
     connection, and applies a block and then a convolution. All convolutions but the last double the
     resolution.
     """
@@ -774,7 +779,7 @@ class UNetUp(nn.Module):
 
 CODE_LEVELS, CODE_DIM = 5, 4
 N_CODES = CODE_LEVELS**CODE_DIM  # 625
-CODE_TEMPERATURE = 0.5  # at 1, images match their captions less often; at 0, they vary less
+CODE_TEMPERATURE = 0.5  # higher: images match captions less often; lower: they vary less
 
 class QuantisedVAE(VAE):
     """A VAE with one latent vector per patch, of 4 integers from -2 to 2. With 2 added, these are
@@ -795,16 +800,14 @@ class QuantisedVAE(VAE):
     def quantise(self, x):
         """Pictures (M, 3, S, S) -> integers (M, 4, grid, grid), as floats.
 
-        Straight-through estimator: the forward pass rounds z, and the backward pass has the
-        gradient of z. In half of the training steps, uniform noise replaces the rounding error.
+        In half of the training steps, z is not rounded, but gets uniform noise of the same size.
         Without this noise, training sometimes fails.
         """
         mean, _ = self.posterior(x)
         z = mean.tanh() * (CODE_LEVELS // 2)  # from -2 to 2
-        error = (z.round() - z).detach()
         if self.training and torch.rand(()) < 0.5:
-            error = torch.rand_like(z) - 0.5
-        return z + error
+            return z + (torch.rand_like(z) - 0.5)
+        return z + (z.round() - z).detach()  # straight-through: rounded, with the gradient of z
 
     def loss(self, pictures):
         """Squared error of the reconstruction. There is no KL."""
@@ -862,8 +865,8 @@ class Chameleon(Llama):
         steps and eta are ignored, and `show` gets only the result.
         """
         both = documents + without_text(documents)  # 2B documents, for guidance
-        # BOI and codes are appended as ints, which `pack` copies. It would add EOI after a tensor,
-        # although the image is not complete.
+        # BOI and codes are appended as ints, which `pack` copies. After a tensor it would add EOI,
+        # but the image is not yet complete.
         both = [[*document, BOI] for document in both]
         drawn = []
         for _ in range(self.cfg.n_patches):
