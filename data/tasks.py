@@ -181,7 +181,7 @@ class Edit(Shapes):
     # DEVIATION: the paper's weight is 5, and its cap 0.5 (--lambda-ddpm 5 --noise-cap 0.5).
     defaults = {
         "documents": 16384, "batch_size": 32, "caption_first": 0.3, "t_power": 4.0,
-        "noise_cap": 0.3, "lambda_ddpm": 20.0, "lr": 5e-3,
+        "noise_cap": 0.3, "lambda_ddpm": 20.0, "lr": 1e-2,
     }
     steps = 5000
 
