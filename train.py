@@ -74,9 +74,9 @@ class Run:
     # DEVIATION: the paper uses AdamW throughout (--optimizer adamw --lr 2e-3).
     optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices of the transformer
     lr: float = 6e-3  # peak learning rate
-    evaluations: int = 10  # number of evaluations in training; each writes a checkpoint
+    evaluations: int = 12  # number of evaluations in training; each writes a checkpoint
     eval_n: int = 512  # examples per score in the final table
-    val_n: int = 32  # examples per score in each evaluation before it, on the validation split
+    val_n: int = 16  # examples per score in each evaluation before it, on the validation split
     eval_split: Literal["test", "val"] = "test"  # test for final results, val to choose settings
     sample_steps: int = 25  # denoising steps in evaluations (paper: 250)
     eta: float = 1.0  # sampling noise: 0 is DDIM, 1 is DDPM's ancestral sampler
