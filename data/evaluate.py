@@ -272,4 +272,4 @@ def write_scores(trained, task, directory, checkpoint):
     }
     (directory / "metrics.json").write_text(json.dumps(metrics, indent=1))
     print(f"\nThe results are in {directory}. Training took {metrics['minutes']:.1f} minutes "
-          f"({metrics['flops']:.2g} FLOPs), and scoring {metrics['scoring_minutes']:.1f}.")
+          f"({metrics['flops']:.2g} FLOPs), and scoring {metrics['scoring_minutes']:.1f} minutes.")
