@@ -90,7 +90,7 @@ TABLES = {
         {
             "text alone": ("text", "C4 10.1 (0.76B)"),
             "Transfusion": ("default", "C4 10.4"),
-            "Chameleon": ("chameleon", "C4 11.8"),
+            "Chameleon": ("chameleon", "C4 11.8 (11.0 without images)"),
         },
     ),
     "tiny": Table(
