@@ -241,9 +241,8 @@ def guide(conditional, unconditional, guidance_scale):
     """Classifier-free guidance: move a prediction away from the one made without the text.
 
     A scale of 1 is no guidance. Guiding x0 has the same effect as guiding eps, since x0 is linear
-    in eps. DEVIATION: the default is 2; the paper uses 3, and 5 in the
-    comparison with Chameleon (--guidance-scale). NOT STATED: how often training drops the text
-    (--unconditional-share 0.1).
+    in eps. DEVIATION: the default is 2; the paper uses 3, and 5 in the comparison with Chameleon
+    (--guidance-scale). NOT STATED: how often training drops the text (--unconditional-share 0.1).
     """
     return unconditional + guidance_scale * (conditional - unconditional)
 
@@ -498,7 +497,7 @@ class Transfusion(Llama):
         Each step runs the model on the whole sequence, which is too short for a cache to pay off.
         DEVIATION: the paper uses 250 steps; here the default is 50 (--steps).
         """
-        both = documents + without_text(documents)  # 2B documents: each xt is denoised twice
+        both = documents + without_text(documents)  # 2B documents: each xt has two predictions
         xt = torch.randn(len(documents), *self.cfg.latent_shape, device=self.device)
         # NOT STATED: the noise levels of the steps. Here they are spaced as in training.
         times = noise_levels(torch.linspace(1, 0, steps + 1, device=self.device), self.cfg)
