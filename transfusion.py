@@ -31,24 +31,24 @@ noise level of each image: 0 is clean, and 1 is pure noise.
         predicts  BOI  -    -      -      make it    green  .      BOI  -    -      -      EOS  -
         t                   0 to 0.5                                     0 to 1
 
-At BOI and at patches there is no LM loss, because what follows them is fixed: N patches, then EOI.
-At EOS there is none, because nothing follows. So the targets are text tokens, BOI and EOS. At a
-patch, the transformer denoises that same patch, not the next one.
+BOI and patches have no LM loss, because what follows them is fixed: all patches of the image, then
+EOI. EOS has none, because nothing follows. So the targets are text tokens, BOI and EOS. At a patch,
+the transformer denoises that same patch, not the next one.
 
-Each image has its own noise level and a diffusion loss. An image at the start of a document, with
-something after it, is a condition: the model must see what it shows in order to caption or edit it.
-So its t is at most 0.5, the noise cap. All other images must be generated from pure noise, so their
-t goes up to 1.
+Each image has its own noise level and a diffusion loss. If a document begins with an image and goes
+on after it, this image is a condition: the rest of the document depends on what it shows. So its t
+is at most 0.5, the noise cap. All other images are there to be generated, which starts from pure
+noise, so their t goes up to 1.
+
+The documents come from data/tasks.py. By default, 10 % are text alone, and 90 % are pairs of a
+caption and an image. In half of the pairs, the caption comes first. DEVIATION: in the paper, this
+is so in 80 % of the pairs (--caption-first 0.8). A caption that comes first is dropped with
+probability 0.1, which leaves a document of one image. From these documents, the model learns to
+generate without text, for classifier-free guidance. With --task edit, 45 % of the documents are
+edits, and the rest are mixed as above. Instructions are dropped like captions.
 
 A comment with `DEVIATION:` says where this file differs from the paper, and which option, if any,
 restores the paper's choice. `NOT STATED:` means that the paper does not say.
-
-The documents come from data/tasks.py. By default, 10 % of them are text only. The others are pairs
-of a caption and an image, and in half of the pairs the caption comes first. DEVIATION: the paper
-has the caption first in 80 % of the pairs (--caption-first 0.8). When the caption comes first, it
-is dropped with probability 0.1. So the model also learns to generate images without text, for
-classifier-free guidance. With --task edit, 45 % of the documents are edits, and their instructions
-are dropped with the same probability.
 
 This is how the model is trained and used (train.py has the training loop):
 
@@ -57,11 +57,11 @@ This is how the model is trained and used (train.py has the training loop):
 
 The paper reports FID for generated images (lower is better) and CIDEr for captions (higher is
 better). Its findings:
-    - Transfusion needs 3 % of the FLOPs of Chameleon for the same FID (7B parameters). Chameleon,
-      the baseline, turns images into discrete tokens.
+    - Chameleon, the baseline, turns images into discrete tokens. Transfusion reaches the same FID
+      with 3 % of its FLOPs (7B parameters).
     - Bidirectional attention inside images improves FID from 61.3 to 20.3 (0.76B).
-    - U-Net patches then improve FID to 16.7, and CIDEr from 16.0 to 25.4. They are the two halves
-      of a U-Net before and after the transformer, instead of linear layers.
+    - U-Net patches then improve FID to 16.7, and CIDEr from 16.0 to 25.4: instead of linear layers,
+      the two halves of a U-Net encode patches for the transformer and decode its output.
     - The noise cap then improves CIDEr to 29.4.
 
                               here              the paper
@@ -71,8 +71,8 @@ better). Its findings:
     latents                   4 x 8 x 8         8 x 32 x 32
     patches per image         16, of 2 x 2      256, of 2 x 2
 
-The method ends with the section "Generation". After it come the tokenizer, the VAE, U-Net patches
-and the baseline Chameleon.
+The method ends with the section "Generation". The tokenizer, the VAE, U-Net patches and the
+baseline Chameleon come after it.
 
 Shapes: B documents, T positions, M images in the batch, C x H x W latents, N patches per image
 (grid x grid), D width of the transformer, V size of the vocabulary, S x S pixels.
@@ -100,7 +100,7 @@ class Config:
     qk_norm: bool = False  # normalise queries and keys
     bidirectional: bool = True  # the patches of an image see each other; off: causal attention only
     target: Literal["eps", "x0"] = "x0"  # what the model predicts: the noise or the clean image
-    t_power: float = 2.0  # density of t ~ t^(t_power - 1): 1 is uniform, larger has more noise
+    t_power: float = 2.0  # t has density t_power * t^(t_power - 1); 1: uniform, above 1: more noise
     patch_encoder: Literal["linear", "unet"] = "linear"  # and patch decoder
     lambda_ddpm: float = 5.0  # weight of the diffusion loss; the paper has 5 for eps
     noise_cap: float = 0.5  # largest t, in training, of an image that is a condition
@@ -130,9 +130,9 @@ class Config:
 
 # ---- Documents -----------------------------------------------------------------------------------
 
-# The special tokens. PATCH stands where the model gets a patch. The first four are never predicted.
-# Text tokens begin at N_SPECIAL.
-PAD, BOS, EOI, PATCH, BOI, EOS = range(6)
+# The special tokens. PATCH is a placeholder for each patch of an image.
+PAD, BOS, EOI, PATCH = 0, 1, 2, 3  # never predicted: `pack` inserts them
+BOI, EOS = 4, 5  # predicted, like text tokens, which begin at 6
 N_NEVER_PREDICTED, N_SPECIAL = 4, 6
 
 def pack(documents, cfg, device):
@@ -158,9 +158,10 @@ def pack(documents, cfg, device):
     return tokens.to(device), images
 
 def next_tokens(tokens):
-    """Returns the next token at all positions but the last (B, T - 1), and which of these positions
-    have an LM loss, bool (B, T - 1). This is the row "predicts" of the tables above. In Chameleon,
-    the codes of images are targets, too.
+    """The row "predicts" of the tables above: for all positions but the last, the next token
+    (B, T - 1), and whether it is a target of the LM loss, bool (B, T - 1).
+
+    In Chameleon, images are tokens and so targets, too.
     """
     targets = tokens[:, 1:]
     return targets, targets >= N_NEVER_PREDICTED
@@ -174,7 +175,7 @@ def attention_mask(tokens, bidirectional):
     T = tokens.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
     is_patch = tokens == PATCH
-    image = (tokens == BOI).cumsum(1)  # 1 at the patches of the first image, 2 at the second's, ...
+    image = (tokens == BOI).cumsum(1)  # 1 from the first image on, 2 from the second on, ...
     same_image = image[:, :, None] == image[:, None, :]
     both_patches = is_patch[:, :, None] & is_patch[:, None, :]
     return (causal | (same_image & both_patches & bidirectional))[:, None]
@@ -185,17 +186,17 @@ def noise_levels(u, cfg):
     """Numbers u in [0, 1] -> noise levels t.
 
     In training, u is random and uniform. In sampling, u falls from 1 to 0 in equal steps. NOT
-    STATED: the distribution of t. DDPM's is uniform (--t-power 1). The default here is t = sqrt(u):
-    in three quarters of training and sampling, t is more than 0.5. At such high noise, the text
-    decides what the image shows.
+    STATED: the distribution of t. DDPM's is uniform (--t-power 1). The default here is t = sqrt(u),
+    which is above 0.5 in three of four cases. High noise matters more than low noise, because that
+    is where the text decides what the image shows.
     """
     return u ** (1 / cfg.t_power)
 
 def alpha_bar(t):
-    """Cosine schedule (section 2.2): t (M,) -> alpha_bar (M, 1, 1, 1), the fraction of the variance
-    of x_t that is signal, if x0 has variance 1.
+    """Cosine schedule (section 2.2): t (M,) -> alpha_bar (M, 1, 1, 1).
 
-    sqrt(alpha_bar) = cos(t * pi / 2). Here t is continuous; the paper's timestep is 1000 t. The
+    This is the share of the signal in the variance of x_t, if x0 has variance 1. The paper's
+    formula is sqrt(alpha_bar) = cos(t * pi / 2), with continuous t; its timestep is 1000 t. The
     clamp prevents division by zero in the functions below.
     """
     return torch.cos(t * math.pi / 2).square().clamp(1e-6, 1 - 1e-6)[:, None, None, None]
@@ -208,11 +209,11 @@ def q_sample(x0, eps, t):
 def predicted_x0(xt, pred, t, target):
     """The predicted x0, for a model that predicts x0 or eps.
 
-    If it predicts eps, q_sample is solved for x0:
+    From eps, it follows by solving the equation of q_sample for x0:
         x0 = (x_t - sqrt(1 - ab) eps) / sqrt(ab), where ab is alpha_bar
     DEVIATION: the paper predicts eps (--target eps --t-power 1). At this size, predicting x0 needs
-    far fewer training steps (data/README.md). Near t = 1, x_t is almost eps. So there, eps can be
-    predicted without reading the text, but x0 cannot.
+    far fewer training steps (data/README.md). A likely reason: near t = 1, x_t is almost equal to
+    eps, so eps can be predicted without reading the text, but x0 cannot.
     """
     ab = alpha_bar(t)
     return pred if target == "x0" else (xt - (1 - ab).sqrt() * pred) / ab.sqrt()
@@ -220,15 +221,16 @@ def predicted_x0(xt, pred, t, target):
 def p_sample(xt, x0, t, t_next, eta):
     """One denoising step, from t to t_next < t, given the predicted x0.
 
-    First, q_sample is solved for the noise in x_t:
+    The noise in x_t follows by solving the equation of q_sample for eps:
         eps = (x_t - sqrt(ab) x0) / sqrt(1 - ab)
     Then x0 is noised again, to the lower level t_next:
         x_next = sqrt(ab_next) x0 + sqrt(1 - ab_next - sigma^2) eps + sigma z
         sigma = eta sqrt((1 - ab_next) / (1 - ab) * (1 - ab / ab_next))
-    With eta = 0 (DDIM), the noise is the same: this is q_sample(x0, eps, t_next). With eta = 1
-    (DDPM's ancestral sampler), part of it is replaced with fresh noise z ~ N(0, 1). The variances
-    of the two parts always add up to 1 - ab_next. These are equations 12 and 16 of the DDIM paper
-    (arXiv 2010.02502). NOT STATED: the sampler of Transfusion.
+    With eta = 0 (DDIM), sigma is 0, and this is q_sample(x0, eps, t_next): the noise stays the
+    same. With eta = 1 (DDPM's ancestral sampler), fresh noise z ~ N(0, 1) replaces part of eps. For
+    any eta, the variance of all the noise is 1 - ab_next, as level t_next requires. These are
+    equations 12 and 16 of the DDIM paper (arXiv 2010.02502). NOT STATED: the sampler of
+    Transfusion.
     """
     ab, ab_next = alpha_bar(t), alpha_bar(t_next)
     eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()
@@ -240,14 +242,15 @@ def p_sample(xt, x0, t, t_next, eta):
 def guide(conditional, unconditional, guidance_scale):
     """Classifier-free guidance: move a prediction away from the one made without the text.
 
-    A scale of 1 is no guidance. Guiding x0 has the same effect as guiding eps, since x0 is linear
-    in eps. DEVIATION: the default is 2; the paper uses 3, and 5 in the comparison with Chameleon
-    (--guidance-scale). NOT STATED: how often training drops the text (--unconditional-share 0.1).
+    A scale of 1 is no guidance. Guiding x0 has the same effect as guiding eps: for a given x_t, one
+    is an affine function of the other. DEVIATION: the default is 2; the paper uses 3, and 5 in the
+    comparison with Chameleon (--guidance-scale). NOT STATED: how often the paper drops the text in
+    training (here: --unconditional-share 0.1).
     """
     return unconditional + guidance_scale * (conditional - unconditional)
 
 def without_text(documents):
-    """Documents for the unconditional prediction. They keep their images, such as one to edit."""
+    """Documents for the unconditional prediction. They keep their images, for example to edit."""
     return [[item for item in document if not isinstance(item, int)] for document in documents]
 
 # ---- Transformer: Llama (RMSNorm, RoPE, SwiGLU, no biases) ---------------------------------------
@@ -350,16 +353,16 @@ class Llama(nn.Module):
 def init_weights(model):
     """As in GPT-2: N(0, 0.02^2), and smaller for the matrices that end a residual branch.
 
-    This includes the patch encoder and decoder: with PyTorch's own initialisation of them, training
-    takes noticeably longer. As in DiT, the last layer of the patch decoder is zero. Norms and
-    biases keep PyTorch's initialisation.
+    This includes the patch encoder and decoder, which learn more slowly with PyTorch's own
+    initialisation. As in DiT, the last layer of the patch decoder is zero. Norms and biases keep
+    PyTorch's initialisation.
     """
     for name, p in model.named_parameters():
         if name.startswith("patch_decoder.last"):
             nn.init.zeros_(p)
         elif p.dim() > 1:
             std = 0.02
-            if name.endswith(("wo.weight", "w2.weight")):  # they end the 2 branches of each block
+            if name.endswith(("wo.weight", "w2.weight")):  # the last of attention and feed-forward
                 std /= math.sqrt(2 * model.cfg.n_layers)
             nn.init.normal_(p, std=std)
 
@@ -378,11 +381,11 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
 
 class LinearPatchEncoder(nn.Module):
-    """Section 3: one linear layer, applied to every patch, and the embedding of t.
+    """Section 3: one linear layer for every patch. Then the embedding of t is added.
 
     With linear patches, t enters the model here and nowhere else. DEVIATION: the paper adds the
-    embedding of t to the values of the patch, before the linear layer. Here these are only 16
-    (4 x 2 x 2), too few for a useful embedding, so it is added after the layer.
+    embedding of t before the linear layer, to the values of the patch. Here a patch has only 16
+    values (4 x 2 x 2), too few for a useful embedding of t.
     """
 
     def __init__(self, cfg):
@@ -426,7 +429,8 @@ class Transfusion(Llama):
         patches, skips = self.patch_encoder(xt, t)  # (M, grid, grid, D)
 
         # So far, x at a patch is the embedding of PATCH plus that of the position in the grid. Add
-        # the encoded patch. x[is_patch] (M * N, D) is in reading order, like the images of `pack`.
+        # the encoded patch. x[is_patch] (M * N, D) has the patches in reading order, document by
+        # document, like the images of `pack`.
         is_patch = tokens == PATCH
         x[is_patch] += patches.flatten(0, 2)
 
@@ -444,8 +448,8 @@ class Transfusion(Llama):
         tokens, x0 = pack(documents, cfg, self.device)
 
         t = noise_levels(torch.rand(len(x0), device=self.device), cfg)  # (M,), one for each image
-        # The noise cap (table 8) is for conditions: images that begin the document (BOI is at
-        # position 1), but are not all of it (EOI is not followed by EOS).
+        # The noise cap (table 8) is for conditions: the document begins with the image (BOI is at
+        # position 1), and goes on after it (the token after EOI is not EOS).
         row, column = (tokens == BOI).nonzero(as_tuple=True)  # where each of the M images begins
         after_eoi = tokens[row, column + cfg.n_patches + 2]  # N patches and EOI come before it
         is_condition = (column == 1) & (after_eoi != EOS)
@@ -470,7 +474,7 @@ class Transfusion(Llama):
     def logits(self, documents):
         """Documents with clean images -> their tokens (B, T) and the logits (B, T, V).
 
-        NOT STATED: the t of images that are given or already generated. Here it is 0.
+        NOT STATED: which t the model gets for clean images in inference. Here it is 0.
         """
         tokens, images = pack(documents, self.cfg, self.device)
         logits, _ = self(tokens, images, t=torch.zeros(len(images), device=self.device))
@@ -484,7 +488,8 @@ class Transfusion(Llama):
         with_xt = [[*document, image] for document, image in zip(documents, xt)]
         tokens, images = pack(with_xt, self.cfg, self.device)
         # `images` has those of the first document, then those of the second, and so on. Each xt[i]
-        # is the last of its document: if they have 1, 2 and 1 images, at index 0, 2 and 3.
+        # is the last of its document. If three documents have 1, 2 and 1 images, these are at index
+        # 0, 2 and 3. What `pack` adds after xt[i] has no effect, since attention is causal.
         last = (tokens == BOI).sum(1).cumsum(0) - 1  # (B,)
         t_of_images = torch.zeros(len(images), device=self.device)
         t_of_images[last] = t
@@ -494,18 +499,18 @@ class Transfusion(Llama):
     def draw(self, documents, steps, guidance_scale, eta, show):
         """Diffusion mode: generate the next image of each document. Returns (B, C, H, W).
 
-        Each step runs the model on the whole sequence, which is too short for a cache to pay off.
-        DEVIATION: the paper uses 250 steps; here the default is 50 (--steps).
+        Each step runs the model on the whole sequence. For a sequence this short, a KV cache would
+        not pay off. DEVIATION: the paper uses 250 steps; here the default is 50 (--steps).
         """
         both = documents + without_text(documents)  # 2B documents: each xt has two predictions
         xt = torch.randn(len(documents), *self.cfg.latent_shape, device=self.device)
-        # NOT STATED: the noise levels of the steps. Here they are spaced as in training.
+        # NOT STATED: the noise levels of the steps. Here they have the same density as in training.
         times = noise_levels(torch.linspace(1, 0, steps + 1, device=self.device), self.cfg)
         for t, t_next in pairwise(times.split(1)):  # each (1,)
             conditional, unconditional = self.predict_x0(both, torch.cat([xt, xt]), t).chunk(2)
             x0 = guide(conditional, unconditional, guidance_scale)
-            # Latents are rarely beyond 5. But near t = 1, predicted_x0 divides the error of a
-            # predicted eps by a number near 0.
+            # Near t = 1, predicted_x0 divides the error of a predicted eps by a number near 0. The
+            # clamp limits what comes of it; true latents are rarely beyond 5.
             x0 = x0.clamp(-5, 5)
             xt = p_sample(xt, x0, t, t_next, eta)
             show(xt)
@@ -516,8 +521,8 @@ class Transfusion(Llama):
 def next_logits(model, documents):
     """Logits (B, V) of the token after each document."""
     tokens, logits = model.logits(documents)
-    # `pack` ends every document with EOS, even an unfinished one. The position before it does not
-    # see it, so the logits there are those of the next token.
+    # `pack` ends every document with EOS, even an unfinished one. Attention is causal, so EOS does
+    # not change the logits at the position before it, and these are the logits of the next token.
     is_before_eos = tokens[:, 1:] == EOS
     return logits[:, :-1][is_before_eos]
 
@@ -529,7 +534,7 @@ def sample_tokens(logits, temperature):
 
 def write(model, documents, max_tokens, temperature):
     """LM mode: append text to each document, in place, until the model predicts BOI or EOS, or has
-    written max_tokens. Returns the documents for which it predicted BOI. The others are finished.
+    written max_tokens. Returns the documents for which it predicted BOI; all others are finished.
 
     BOI and EOS are not appended, since `pack` inserts them.
     """
@@ -578,7 +583,8 @@ def generate(
 # ---- Tokenizer: text to tokens and back ----------------------------------------------------------
 
 class Tokenizer:
-    """A known word is one token, together with the space before it. All other text is UTF-8 bytes.
+    """A known word is one token, together with the space before it. All other text becomes UTF-8
+    bytes, one token each.
 
     If only "a" and "red" are known, "a red dog" becomes the tokens " a" and " red", and one token
     for each byte of " dog". Encoding adds the first space, and decoding removes it.
@@ -662,8 +668,8 @@ class VAE(nn.Module):
             *up,
         )
         # The noise schedule assumes latents of mean 0 and variance 1. So the posterior means are
-        # normalised, and the decoder and log_var refer to latents in this form. vae.eval() freezes
-        # the statistics. NOT STATED: how the paper scales its latents.
+        # normalised. The decoder reads normalised latents, and log_var is on the same scale.
+        # vae.eval() freezes the statistics. NOT STATED: how the paper scales its latents.
         self.normalise = nn.BatchNorm2d(cfg.latent_channels, affine=False)
 
     def to_input(self, pictures):
@@ -752,9 +758,9 @@ class UNetDown(nn.Module):
 class UNetUp(nn.Module):
     """The second half of the U-Net: from the transformer's output to a prediction (M, C, H, W).
 
-    At each resolution, from that of the patches up to that of the latents, it concatenates the skip
-    connection, and applies a block and then a convolution. All convolutions but the last double the
-    resolution.
+    It begins at the resolution of the patches. At each resolution, it concatenates the skip
+    connection and applies a block. Then a transposed convolution doubles the resolution. At the
+    last one, that of the latents, a plain convolution makes the prediction.
     """
 
     def __init__(self, cfg):
@@ -778,11 +784,12 @@ class UNetUp(nn.Module):
 
 CODE_LEVELS, CODE_DIM = 5, 4
 N_CODES = CODE_LEVELS**CODE_DIM  # 625
-CODE_TEMPERATURE = 0.5  # higher: images match captions less often; lower: they vary less
+CODE_TEMPERATURE = 0.5  # if higher, drawings match captions less often; if lower, they vary less
 
 class QuantisedVAE(VAE):
-    """A VAE with one latent vector per patch, of 4 integers from -2 to 2. With 2 added, these are
-    the digits of a number in base 5, from 0 to 624. The patch's code is the token n_text + number.
+    """An autoencoder with one latent vector per patch, of 4 integers from -2 to 2. Add 2 to each,
+    and they are the digits of a number in base 5, from 0 to 624. The code of the patch is the token
+    n_text + this number.
 
     DEVIATION: the paper learns a codebook of 16,384 vectors, and has one code for each position of
     its 32 x 32 latents. Here the codebook is fixed, with all combinations of integers (FSQ, arXiv
@@ -799,8 +806,8 @@ class QuantisedVAE(VAE):
     def quantise(self, x):
         """Pictures (M, 3, S, S) -> integers (M, 4, grid, grid), as floats.
 
-        In half of the training steps, z is not rounded, but gets uniform noise of the same size.
-        Without this noise, training sometimes fails.
+        In half of the training steps, uniform noise replaces the rounding error. Without it,
+        training sometimes fails.
         """
         mean, _ = self.posterior(x)
         z = mean.tanh() * (CODE_LEVELS // 2)  # from -2 to 2
@@ -832,8 +839,8 @@ class Chameleon(Llama):
     The documents and the transformer are those of Transfusion. But there is only the next-token
     loss, attention is causal, and an image is generated by sampling its codes.
 
-    For stability, it has a z-loss, and QK-norm with --preset chameleon. DEVIATION: the norms come
-    before the layers, as in Llama. In the paper's Chameleon, they come after them.
+    For stability, it has a z-loss, and QK-norm with --preset chameleon of train.py. DEVIATION: its
+    blocks are pre-norm, as in Llama. Those of the paper's Chameleon are post-norm.
     """
 
     def __init__(self, cfg, n_text):
@@ -859,13 +866,13 @@ class Chameleon(Llama):
         return loss, {"text": losses[~is_code].mean(), "image": loss_codes}
 
     def draw(self, documents, steps, guidance_scale, eta, show):
-        """Sample the codes of the next image of each document, one by one. Returns (B, N).
+        """Sample the codes of the next image of each document, one code at a time. Returns (B, N).
 
         steps and eta are ignored, and `show` gets only the result.
         """
         both = documents + without_text(documents)  # 2B documents, for guidance
-        # BOI and codes are appended as ints, which `pack` copies. After a tensor it would add EOI,
-        # but the image is not yet complete.
+        # BOI and codes are appended as ints, like text. If they were a tensor, `pack` would take it
+        # for a complete image, and add EOI.
         both = [[*document, BOI] for document in both]
         drawn = []
         for _ in range(self.cfg.n_patches):

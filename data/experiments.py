@@ -30,10 +30,11 @@ SCORES = "draw_acc", "frechet", "caption_acc", "text_excess"  # the columns of a
 GOAL = 0.9  # of accuracies: the tables say how many documents a model needs to reach it
 
 # Options of train.py. All runs vary the default. The number of steps gives them about the default's
-# FLOPs, except for short, unet-long, the tiny ones and the paper's recipe.
+# FLOPs, except for short, those that end in -long, the tiny ones and the paper's recipe.
 RUNS = {
     "default": "",
     "chameleon": "--preset chameleon --steps 1944",
+    "chameleon-long": "--preset chameleon --steps 5832 --documents 98304",
     "short": "--steps 920",
     "causal": "--no-bidirectional",
     "no-cap": "--noise-cap 1",
@@ -54,14 +55,14 @@ for scale in SCALES:
     for name in ("default", "chameleon"):
         RUNS[f"{name}-guidance-{scale}"] = f"{RUNS[name]} --guidance-scale {scale}".strip()
 TINY = "--dim 32 --n-layers 2 --n-heads 2"
-PAPER = ("--preset laptop-paper --caption-first 0.8 --lr 4e-3 --steps 8000 --guidance-scale 3 "
-         "--sample-steps 250")
+PAPER = "--preset laptop-paper --caption-first 0.8 --lr 4e-3 --guidance-scale 3 --sample-steps 250"
 RUNS |= {
     "tiny": TINY,
     "tiny-chameleon": f"--preset chameleon {TINY} --steps 1524",
     "tiny-text": f"{RUNS['text']} {TINY}",
-    "paper-unet": f"{PAPER} --patch-encoder unet",
-    "paper-linear": PAPER,
+    "paper-unet": f"{PAPER} --steps 8000 --patch-encoder unet",
+    "paper-linear": f"{PAPER} --steps 8000",
+    "paper-linear-long": f"{PAPER} --steps 16100 --documents 65536",  # paper-unet's FLOPs
 }
 
 class Table(NamedTuple):
@@ -76,6 +77,7 @@ TABLES = {
             "Transfusion": ("default", "FID 16.8, CIDEr 27.2, C4 7.72 (7B)"),
             "Chameleon": ("chameleon", "FID 29.6, CIDEr 18.0, C4 8.41 (7B)"),
             "Transfusion, 0.4 FLOPs": ("short", ""),
+            "Chameleon, 3 FLOPs": ("chameleon-long", ""),
         },
     ),
     "guidance": Table(
@@ -139,6 +141,7 @@ TABLES = {
         {
             "U-Net patches": ("paper-unet", "FID 16.7, CIDEr 25.4 (0.76B)"),
             "linear patches": ("paper-linear", "FID 20.3, CIDEr 16.0"),
+            "linear patches, long": ("paper-linear-long", ""),
         },
     ),
 }
