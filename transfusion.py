@@ -31,21 +31,21 @@ noise level of each image: 0 is clean, and 1 is pure noise.
         predicts  BOI  -    -      -      make it    green  .      BOI  -    -      -      EOS  -
         t                   0 to 0.5                                     0 to 1
 
-BOI and patches have no LM loss, because what follows them is fixed: all patches of the image, then
+BOI and patches have no LM loss, because what follows them is known: all patches of the image, then
 EOI. EOS has none, because nothing follows. So the targets are text tokens, BOI and EOS. At a patch,
 the transformer denoises that same patch, not the next one.
 
-Each image has its own noise level and a diffusion loss. If a document begins with an image and goes
-on after it, this image is a condition: the rest of the document depends on what it shows. So its t
-is at most 0.5, the noise cap. All other images are there to be generated, which starts from pure
-noise, so their t goes up to 1.
+Each image has its own noise level and a diffusion loss. If a document begins with an image and
+continues after it, this image is a condition: the rest of the document depends on what it shows. So
+its t is at most 0.5, the noise cap. In all other places, the model has to generate images, starting
+from pure noise, so t goes up to 1.
 
 The documents come from data/tasks.py. By default, 10 % are text alone, and 90 % are pairs of a
 caption and an image. In half of the pairs, the caption comes first. DEVIATION: in the paper, this
 is so in 80 % of the pairs (--caption-first 0.8). A caption that comes first is dropped with
-probability 0.1, which leaves a document of one image. From these documents, the model learns to
-generate without text, for classifier-free guidance. With --task edit, 45 % of the documents are
-edits, and the rest are mixed as above. Instructions are dropped like captions.
+probability 0.1. This leaves a single image, without a noise cap, and teaches the model to generate
+without text, for classifier-free guidance. With --task edit, 45 % of the documents are edits, and
+the rest are mixed as above. The instruction of an edit is dropped with the same probability.
 
 A comment with `DEVIATION:` says where this file differs from the paper, and which option, if any,
 restores the paper's choice. `NOT STATED:` means that the paper does not say.
@@ -60,9 +60,9 @@ better). Its findings:
     - Chameleon, the baseline, turns images into discrete tokens. Transfusion reaches the same FID
       with 3 % of its FLOPs (7B parameters).
     - Bidirectional attention inside images improves FID from 61.3 to 20.3 (0.76B).
-    - U-Net patches then improve FID to 16.7, and CIDEr from 16.0 to 25.4: instead of linear layers,
-      the two halves of a U-Net encode patches for the transformer and decode its output.
-    - The noise cap then improves CIDEr to 29.4.
+    - U-Net patches then improve FID to 16.7, and CIDEr from 16.0 to 25.4 (0.76B): instead of linear
+      layers, the two halves of a U-Net encode patches for the transformer and decode its output.
+    - The noise cap then improves CIDEr to 29.4 (0.76B).
 
                               here              the paper
     parameters                0.25M             0.16B to 7B
@@ -102,7 +102,7 @@ class Config:
     target: Literal["eps", "x0"] = "x0"  # what the model predicts: the noise or the clean image
     t_power: float = 2.0  # t has density t_power * t^(t_power - 1); 1: uniform, above 1: more noise
     patch_encoder: Literal["linear", "unet"] = "linear"  # and patch decoder
-    lambda_ddpm: float = 5.0  # weight of the diffusion loss; the paper has 5 for eps
+    lambda_ddpm: float = 5.0  # weight of the diffusion loss; the paper uses 5, with eps
     noise_cap: float = 0.5  # largest t, in training, of an image that is a condition
     image_size: int = 32  # pixels per side of a picture
     latent_size: int = 8  # height and width of the latents
@@ -131,8 +131,8 @@ class Config:
 # ---- Documents -----------------------------------------------------------------------------------
 
 # The special tokens. PATCH is a placeholder for each patch of an image.
-PAD, BOS, EOI, PATCH = 0, 1, 2, 3  # never predicted: `pack` inserts them
-BOI, EOS = 4, 5  # predicted, like text tokens, which begin at 6
+PAD, BOS, EOI, PATCH = 0, 1, 2, 3  # the model never predicts these
+BOI, EOS = 4, 5  # the model predicts these, and text tokens, which begin at 6
 N_NEVER_PREDICTED, N_SPECIAL = 4, 6
 
 def pack(documents, cfg, device):
@@ -175,8 +175,8 @@ def attention_mask(tokens, bidirectional):
     T = tokens.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
     is_patch = tokens == PATCH
-    image = (tokens == BOI).cumsum(1)  # 1 from the first image on, 2 from the second on, ...
-    same_image = image[:, :, None] == image[:, None, :]
+    image_index = (tokens == BOI).cumsum(1)  # 1 from the first image on, 2 from the second on, ...
+    same_image = image_index[:, :, None] == image_index[:, None, :]
     both_patches = is_patch[:, :, None] & is_patch[:, None, :]
     return (causal | (same_image & both_patches & bidirectional))[:, None]
 
@@ -187,17 +187,17 @@ def noise_levels(u, cfg):
 
     In training, u is random and uniform. In sampling, u falls from 1 to 0 in equal steps. NOT
     STATED: the distribution of t. DDPM's is uniform (--t-power 1). The default here is t = sqrt(u),
-    which is above 0.5 in three of four cases. High noise matters more than low noise, because that
-    is where the text decides what the image shows.
+    which is above 0.5 three times out of four. High noise gets more training, because at high noise
+    the text determines what the image shows.
     """
     return u ** (1 / cfg.t_power)
 
 def alpha_bar(t):
     """Cosine schedule (section 2.2): t (M,) -> alpha_bar (M, 1, 1, 1).
 
-    This is the share of the signal in the variance of x_t, if x0 has variance 1. The paper's
-    formula is sqrt(alpha_bar) = cos(t * pi / 2), with continuous t; its timestep is 1000 t. The
-    clamp prevents division by zero in the functions below.
+    sqrt(alpha_bar) = cos(t * pi / 2). If x0 has variance 1, so has x_t: alpha_bar of it is signal,
+    and the rest is noise. Here t is continuous; the paper's timestep is 1000 t. The clamp
+    prevents division by zero in the functions below.
     """
     return torch.cos(t * math.pi / 2).square().clamp(1e-6, 1 - 1e-6)[:, None, None, None]
 
@@ -242,10 +242,11 @@ def p_sample(xt, x0, t, t_next, eta):
 def guide(conditional, unconditional, guidance_scale):
     """Classifier-free guidance: move a prediction away from the one made without the text.
 
-    A scale of 1 is no guidance. Guiding x0 has the same effect as guiding eps: for a given x_t, one
-    is an affine function of the other. DEVIATION: the default is 2; the paper uses 3, and 5 in the
-    comparison with Chameleon (--guidance-scale). NOT STATED: how often the paper drops the text in
-    training (here: --unconditional-share 0.1).
+    A scale of 1 is no guidance. Guiding x0 has the same effect as guiding eps, because for a given
+    x_t one is an affine function of the other, and the weights of the predictions add up to 1.
+    Chameleon guides logits. DEVIATION: the default is 2; the paper uses 3, and 5 in the comparison
+    with Chameleon (--guidance-scale). NOT STATED: how often the paper drops the text in training
+    (here: --unconditional-share 0.1).
     """
     return unconditional + guidance_scale * (conditional - unconditional)
 
@@ -449,9 +450,9 @@ class Transfusion(Llama):
 
         t = noise_levels(torch.rand(len(x0), device=self.device), cfg)  # (M,), one for each image
         # The noise cap (table 8) is for conditions: the document begins with the image (BOI is at
-        # position 1), and goes on after it (the token after EOI is not EOS).
+        # position 1), and continues after it (the token after EOI is not EOS).
         row, column = (tokens == BOI).nonzero(as_tuple=True)  # where each of the M images begins
-        after_eoi = tokens[row, column + cfg.n_patches + 2]  # N patches and EOI come before it
+        after_eoi = tokens[row, column + cfg.n_patches + 2]  # BOI, N patches, EOI: N + 2 positions
         is_condition = (column == 1) & (after_eoi != EOS)
         # NOT STATED: the distribution of t under the cap. Here it is uniform, whatever t_power is.
         t = torch.where(is_condition, cfg.noise_cap * torch.rand_like(t), t)
@@ -504,13 +505,13 @@ class Transfusion(Llama):
         """
         both = documents + without_text(documents)  # 2B documents: each xt has two predictions
         xt = torch.randn(len(documents), *self.cfg.latent_shape, device=self.device)
-        # NOT STATED: the noise levels of the steps. Here they have the same density as in training.
+        # NOT STATED: the noise levels of the steps. Here they are distributed as in training.
         times = noise_levels(torch.linspace(1, 0, steps + 1, device=self.device), self.cfg)
         for t, t_next in pairwise(times.split(1)):  # each (1,)
             conditional, unconditional = self.predict_x0(both, torch.cat([xt, xt]), t).chunk(2)
             x0 = guide(conditional, unconditional, guidance_scale)
             # Near t = 1, predicted_x0 divides the error of a predicted eps by a number near 0. The
-            # clamp limits what comes of it; true latents are rarely beyond 5.
+            # clamp limits the result. True latents rarely exceed 5 in magnitude.
             x0 = x0.clamp(-5, 5)
             xt = p_sample(xt, x0, t, t_next, eta)
             show(xt)
@@ -840,7 +841,7 @@ class Chameleon(Llama):
     loss, attention is causal, and an image is generated by sampling its codes.
 
     For stability, it has a z-loss, and QK-norm with --preset chameleon of train.py. DEVIATION: its
-    blocks are pre-norm, as in Llama. Those of the paper's Chameleon are post-norm.
+    blocks are pre-norm, as in Llama. Those of Chameleon are post-norm in the Transfusion paper.
     """
 
     def __init__(self, cfg, n_text):
@@ -871,8 +872,8 @@ class Chameleon(Llama):
         steps and eta are ignored, and `show` gets only the result.
         """
         both = documents + without_text(documents)  # 2B documents, for guidance
-        # BOI and codes are appended as ints, like text. If they were a tensor, `pack` would take it
-        # for a complete image, and add EOI.
+        # BOI and codes are appended as ints, like text. `pack` would treat a tensor as a complete
+        # image, and add EOI.
         both = [[*document, BOI] for document in both]
         drawn = []
         for _ in range(self.cfg.n_patches):
