@@ -99,7 +99,7 @@ PAPER_SIZE = PAPER | {
 }
 PRESETS = {
     "laptop-paper": PAPER,
-    "chameleon": {"model": "chameleon", "qk_norm": True, "lr": 2e-3, "vae_steps": 3000},
+    "chameleon": {"model": "chameleon", "qk_norm": True, "vae_steps": 3000},
     # The paper's sizes, for --data. The paper's VAE and U-Net are larger than ours.
     "0.16B": PAPER_SIZE | {"dim": 768, "n_layers": 16, "n_heads": 12},
     "0.37B": PAPER_SIZE | {"dim": 1024, "n_layers": 24, "n_heads": 16},
