@@ -77,7 +77,7 @@ TABLES = {
             "Transfusion": ("default", "FID 16.8, CIDEr 27.2, C4 7.72 (7B)"),
             "Chameleon": ("chameleon", "FID 29.6, CIDEr 18.0, C4 8.41 (7B)"),
             "Transfusion, 0.4 FLOPs": ("short", ""),
-            "Chameleon, 3 times the FLOPs": ("chameleon-long", ""),
+            "Chameleon, long": ("chameleon-long", ""),
         },
     ),
     "guidance": Table(
