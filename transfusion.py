@@ -40,15 +40,15 @@ continues after it, this image is a condition: the rest of the document depends 
 its t is at most 0.5, the noise cap. In all other places, the model has to generate images, starting
 from pure noise, so t goes up to 1.
 
+A comment with `DEVIATION:` says where this file differs from the paper, and which option, if any,
+restores the paper's choice. `NOT STATED:` means that the paper does not say.
+
 The documents come from data/tasks.py. By default, 10 % are text alone, and 90 % are pairs of a
 caption and an image. In half of the pairs, the caption comes first. DEVIATION: in the paper, this
 is so in 80 % of the pairs (--caption-first 0.8). A caption that comes first is dropped with
 probability 0.1. This leaves a single image, without a noise cap, and teaches the model to generate
-without text, for classifier-free guidance. With --task edit, 45 % of the documents are edits, and
-the rest are mixed as above. The instruction of an edit is dropped with the same probability.
-
-A comment with `DEVIATION:` says where this file differs from the paper, and which option, if any,
-restores the paper's choice. `NOT STATED:` means that the paper does not say.
+without text, for classifier-free guidance. With --task edit, 45 % of the documents are edits, whose
+instruction is dropped with the same probability.
 
 This is how the model is trained and used (train.py has the training loop):
 
@@ -363,7 +363,7 @@ def init_weights(model):
             nn.init.zeros_(p)
         elif p.dim() > 1:
             std = 0.02
-            if name.endswith(("wo.weight", "w2.weight")):  # the last of attention and feed-forward
+            if name.endswith(("wo.weight", "w2.weight")):  # the last of Attention and FeedForward
                 std /= math.sqrt(2 * model.cfg.n_layers)
             nn.init.normal_(p, std=std)
 
