@@ -60,8 +60,8 @@ better). Its findings:
     - Chameleon, the baseline, turns images into discrete tokens. Transfusion reaches the same FID
       with 3 % of its FLOPs (7B parameters).
     - Bidirectional attention inside images improves FID from 61.3 to 20.3 (0.76B).
-    - U-Net patches then improve FID to 16.7, and CIDEr from 16.0 to 25.4 (0.76B): instead of linear
-      layers, the two halves of a U-Net encode patches for the transformer and decode its output.
+    - If the two halves of a U-Net then replace the linear layers before and after the transformer,
+      FID improves to 16.7, and CIDEr from 16.0 to 25.4 (0.76B).
     - The noise cap then improves CIDEr to 29.4 (0.76B).
 
                               here              the paper
@@ -195,8 +195,8 @@ def noise_levels(u, cfg):
 def alpha_bar(t):
     """Cosine schedule (section 2.2): t (M,) -> alpha_bar (M, 1, 1, 1).
 
-    sqrt(alpha_bar) = cos(t * pi / 2). If x0 has variance 1, so has x_t: alpha_bar of it is signal,
-    and the rest is noise. Here t is continuous; the paper's timestep is 1000 t. The clamp
+    sqrt(alpha_bar) = cos(t * pi / 2). If x0 has variance 1, so has x_t, and alpha_bar is the share
+    of this variance that is signal. Here t is continuous; the paper's timestep is 1000 t. The clamp
     prevents division by zero in the functions below.
     """
     return torch.cos(t * math.pi / 2).square().clamp(1e-6, 1 - 1e-6)[:, None, None, None]
@@ -228,8 +228,8 @@ def p_sample(xt, x0, t, t_next, eta):
         sigma = eta sqrt((1 - ab_next) / (1 - ab) * (1 - ab / ab_next))
     With eta = 0 (DDIM), sigma is 0, and this is q_sample(x0, eps, t_next): the noise stays the
     same. With eta = 1 (DDPM's ancestral sampler), fresh noise z ~ N(0, 1) replaces part of eps. For
-    any eta, the variance of all the noise is 1 - ab_next, as level t_next requires. These are
-    equations 12 and 16 of the DDIM paper (arXiv 2010.02502). NOT STATED: the sampler of
+    eta from 0 to 1, the variance of all the noise is 1 - ab_next, as level t_next requires. These
+    are equations 12 and 16 of the DDIM paper (arXiv 2010.02502). NOT STATED: the sampler of
     Transfusion.
     """
     ab, ab_next = alpha_bar(t), alpha_bar(t_next)
@@ -352,18 +352,18 @@ class Llama(nn.Module):
         return self.norm(x)
 
 def init_weights(model):
-    """As in GPT-2: N(0, 0.02^2), and smaller for the matrices that end a residual branch.
+    """As in GPT-2: N(0, 0.02^2), and smaller for wo and w2, which end a residual branch.
 
     This includes the patch encoder and decoder, which learn more slowly with PyTorch's own
-    initialisation. As in DiT, the last layer of the patch decoder is zero. Norms and biases keep
-    PyTorch's initialisation.
+    initialisation. As in DiT, the last layer of the patch decoder is zero. All other norms and
+    biases keep PyTorch's initialisation.
     """
     for name, p in model.named_parameters():
         if name.startswith("patch_decoder.last"):
             nn.init.zeros_(p)
         elif p.dim() > 1:
             std = 0.02
-            if name.endswith(("wo.weight", "w2.weight")):  # the last of Attention and FeedForward
+            if name.endswith(("wo.weight", "w2.weight")):
                 std /= math.sqrt(2 * model.cfg.n_layers)
             nn.init.normal_(p, std=std)
 
@@ -382,7 +382,7 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
 
 class LinearPatchEncoder(nn.Module):
-    """Section 3: one linear layer for every patch. Then the embedding of t is added.
+    """Section 3: the same linear layer for all patches. Then the embedding of t is added.
 
     With linear patches, t enters the model here and nowhere else. DEVIATION: the paper adds the
     embedding of t before the linear layer, to the values of the patch. Here a patch has only 16
@@ -489,8 +489,8 @@ class Transfusion(Llama):
         with_xt = [[*document, image] for document, image in zip(documents, xt)]
         tokens, images = pack(with_xt, self.cfg, self.device)
         # `images` has those of the first document, then those of the second, and so on. Each xt[i]
-        # is the last of its document. If three documents have 1, 2 and 1 images, these are at index
-        # 0, 2 and 3. What `pack` adds after xt[i] has no effect, since attention is causal.
+        # is the last of its document: if three documents have 1, 2 and 1 images, the last ones are
+        # at index 0, 2 and 3. What `pack` adds after xt[i] has no effect: attention is causal.
         last = (tokens == BOI).sum(1).cumsum(0) - 1  # (B,)
         t_of_images = torch.zeros(len(images), device=self.device)
         t_of_images[last] = t
@@ -761,7 +761,7 @@ class UNetUp(nn.Module):
 
     It begins at the resolution of the patches. At each resolution, it concatenates the skip
     connection and applies a block. Then a transposed convolution doubles the resolution. At the
-    last one, that of the latents, a plain convolution makes the prediction.
+    last resolution, a plain convolution makes the prediction instead.
     """
 
     def __init__(self, cfg):
@@ -788,9 +788,9 @@ N_CODES = CODE_LEVELS**CODE_DIM  # 625
 CODE_TEMPERATURE = 0.5  # if higher, drawings match captions less often; if lower, they vary less
 
 class QuantisedVAE(VAE):
-    """An autoencoder with one latent vector per patch, of 4 integers from -2 to 2. Add 2 to each,
-    and they are the digits of a number in base 5, from 0 to 624. The code of the patch is the token
-    n_text + this number.
+    """An autoencoder with a latent vector of 4 integers, from -2 to 2, for each patch. Add 2 to
+    each, and they are the digits of a number in base 5, from 0 to 624. The code of the patch is the
+    token n_text + this number.
 
     DEVIATION: the paper learns a codebook of 16,384 vectors, and has one code for each position of
     its 32 x 32 latents. Here the codebook is fixed, with all combinations of integers (FSQ, arXiv
@@ -807,8 +807,8 @@ class QuantisedVAE(VAE):
     def quantise(self, x):
         """Pictures (M, 3, S, S) -> integers (M, 4, grid, grid), as floats.
 
-        In half of the training steps, uniform noise replaces the rounding error. Without it,
-        training sometimes fails.
+        In half of the training steps, uniform noise replaces the rounding error. Without this
+        noise, training sometimes fails.
         """
         mean, _ = self.posterior(x)
         z = mean.tanh() * (CODE_LEVELS // 2)  # from -2 to 2
@@ -841,7 +841,7 @@ class Chameleon(Llama):
     loss, attention is causal, and an image is generated by sampling its codes.
 
     For stability, it has a z-loss, and QK-norm with --preset chameleon of train.py. DEVIATION: its
-    blocks are pre-norm, as in Llama. Those of Chameleon are post-norm in the Transfusion paper.
+    blocks are pre-norm, as in Llama. In the paper, Chameleon's blocks are post-norm.
     """
 
     def __init__(self, cfg, n_text):
