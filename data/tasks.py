@@ -183,7 +183,7 @@ class Edit(Shapes):
         "documents": 16384, "batch_size": 32, "caption_first": 0.3, "t_power": 4.0,
         "noise_cap": 0.3, "lambda_ddpm": 20.0, "lr": 1e-2,
     }
-    steps = 5000
+    steps = 8000
 
     def document(self, rng):
         if rng.random() >= self.edits:
